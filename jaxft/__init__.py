@@ -1,0 +1,67 @@
+"""jaxft: fine-tuning in JAX. A method is what it attaches to the model, plus which leaves of the pytree it trains."""
+
+from . import losses, testing
+from .errors import (
+    BatchError,
+    CheckpointError,
+    GenerationError,
+    JaxftError,
+    MethodError,
+    OptimizerError,
+    PartitionError,
+    SelectionError,
+)
+from .generation.generate import generate, generate_ids
+from .interop.export import save_model
+from .interop.folder import load_adapter, save_adapter
+from .loading import load
+from .methods import BitFit, Full, LoRA, Method
+from .methods.merge import merge, unmerge
+from .methods.method import adapters, attach, detach
+from .methods.partition import combine, leaves, partition, select, trainable_mask
+from .methods.report import ParameterReport, parameter_report
+from .methods.switch import set_adapter
+from .train.optimizer import decay_mask
+from .train.state import TrainState
+from .train.step import make_train_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchError",
+    "BitFit",
+    "CheckpointError",
+    "Full",
+    "GenerationError",
+    "JaxftError",
+    "LoRA",
+    "Method",
+    "MethodError",
+    "OptimizerError",
+    "ParameterReport",
+    "PartitionError",
+    "SelectionError",
+    "TrainState",
+    "adapters",
+    "attach",
+    "combine",
+    "decay_mask",
+    "detach",
+    "generate",
+    "generate_ids",
+    "leaves",
+    "load",
+    "load_adapter",
+    "losses",
+    "make_train_step",
+    "merge",
+    "parameter_report",
+    "partition",
+    "save_adapter",
+    "save_model",
+    "select",
+    "set_adapter",
+    "testing",
+    "trainable_mask",
+    "unmerge",
+]

@@ -1,0 +1,112 @@
+"""The tensors of an adapter by the names that peft gives them, as places in a model's tree."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..models.names import LEAF_NAMES, Named, named_modules
+
+PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: where it stands in the tree, and how it is turned.
+
+    Attributes:
+        variable: The leaf.
+        index: Place on the leaf's layer axis, None where it has none.
+        transposed: Whether the file holds it the other way round.
+        live: What of the leaf counts (the rest is padding of a smaller rank).
+    """
+
+    variable: nnx.Variable[Any]
+    index: int | None = None
+    transposed: bool = False
+    live: tuple[slice, ...] = ()
+
+    def read(self) -> np.ndarray[Any, Any]:
+        """Return the tensor as the file holds it, in float32."""
+        value = np.asarray(self._place(self.variable.get_value()), np.float32)
+        return np.ascontiguousarray(value.T if self.transposed else value)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in the file."""
+        shape = self._place(np.empty(self.variable.get_value().shape, bool)).shape
+        return shape[::-1] if self.transposed else shape
+
+    def write(self, buffer: np.ndarray[Any, Any], tensor: np.ndarray[Any, Any]) -> None:
+        """Put a tensor of the file into a buffer of the leaf."""
+        self._place(buffer)[...] = tensor.T if self.transposed else tensor
+
+    def _place(self, value: Any) -> Any:
+        value = value if self.index is None else value[self.index]
+        return value[self.live] if self.live else value
+
+
+def entries(model: Any, name: str, trains: Callable[[str, nnx.Variable[Any]], bool]) -> dict[str, Entry]:
+    """Return the tensors of one adapter, by their names in a file.
+
+    Args:
+        model: The model that carries it.
+        name: The adapter's name, which stands in no tensor's name.
+        trains: Tells of a base leaf's path whether the adapter's method trains it.
+    """
+    out: dict[str, Entry] = {}
+    for n in named_modules(model):
+        delta = (getattr(n.module, "delta", None) or {}).get(name)
+        copies = (getattr(n.module, "saved", None) or {}).get(name)
+        if delta is not None:
+            out.update(_low_rank(n, delta))
+        if copies is not None:
+            out.update(_copies(n, copies, set() if delta is None else set(_held(n, delta))))
+        for leaf, variable in sorted(vars(n.module).items()):
+            if isinstance(variable, nnx.Param) and trains(f"{n.path}.{leaf}".lstrip("."), variable):
+                out.update(_leaf(n, leaf, variable, range(len(n.names))))
+    return {f"{PREFIX}{key}": entry for key, entry in out.items()}
+
+
+def fill_entries(places: dict[str, Entry], read: Callable[[str], np.ndarray[Any, Any]]) -> None:
+    """Read every tensor into its place, leaf by leaf."""
+    by_leaf: dict[int, list[tuple[str, Entry]]] = {}
+    for key, entry in places.items():
+        by_leaf.setdefault(id(entry.variable), []).append((key, entry))
+    for group in by_leaf.values():
+        variable = group[0][1].variable
+        buffer = np.array(variable.get_value())
+        for key, entry in group:
+            entry.write(buffer, read(key))
+        variable.set_value(jnp.asarray(buffer))
+
+
+def _held(n: Named, module: Any) -> range | tuple[int, ...]:
+    return range(len(n.names)) if module.layers_held is None else module.layers_held
+
+
+def _low_rank(n: Named, delta: Any) -> Iterator[tuple[str, Entry]]:
+    """A is `(r, in)` and B `(out, r)` in a file, whatever the orientation of the base's kernel."""
+    for i, layer in enumerate(_held(n, delta)):
+        index = i if n.stacked else None
+        live = slice(delta.ranks[i])
+        yield f"{n.names[layer]}.lora_A.weight", Entry(delta.a, index, True, (slice(None), live))
+        yield f"{n.names[layer]}.lora_B.weight", Entry(delta.b, index, True, (live, slice(None)))
+
+
+def _copies(n: Named, copies: Any, adapted: set[int]) -> Iterator[tuple[str, Entry]]:
+    """A bias beside a low-rank pair is called `base_layer.bias`, since peft wraps the layer that it adapts."""
+    for leaf, variable in sorted(vars(copies).items()):
+        if isinstance(variable, nnx.Param):
+            for key, entry in _leaf(n, leaf, variable, _held(n, copies)):
+                layer = n.names.index(key.rsplit(".", 1)[0])
+                yield key.replace(".bias", ".base_layer.bias") if layer in adapted else key, entry
+
+
+def _leaf(n: Named, leaf: str, variable: Any, held: Any) -> Iterator[tuple[str, Entry]]:
+    transposed = leaf == "kernel" and getattr(n.module, "transposed", True)
+    for i, layer in enumerate(held):
+        yield f"{n.names[layer]}.{LEAF_NAMES[leaf]}", Entry(variable, i if n.stacked else None, transposed)

@@ -1,0 +1,102 @@
+"""A model back out as a Hugging Face folder that transformers loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import MethodError
+from ..methods.method import adapters
+from ..models.causal import CausalLM
+from ..models.names import LEAF_NAMES, Named, parameters
+from ..models.tensors import replacing, write_tensors
+
+SHARD_BYTES = 5_000_000_000
+
+
+def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write config, weights and tokenizer; the weights in the model's dtype, in one file or, above a size, in shards.
+
+    Args:
+        model: A model without adapters (`jaxft.merge` folds them in), `state.model` after `Full` say.
+        folder: Where to; made if it is not there. Its files are replaced together.
+        tokenizer: Written beside it, if given.
+        shard_bytes: Size of a file at most, where one tensor is not larger by itself.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MethodError: The model carries adapters.
+
+    >>> import jaxft, tempfile
+    >>> sorted(p.name for p in jaxft.save_model(jaxft.testing.tiny_llama(), tempfile.mkdtemp()).iterdir())
+    ['config.json', 'model.safetensors']
+    """
+    if adapters(model):
+        raise MethodError(f"the model carries adapters ({', '.join(adapters(model))}): jaxft.merge(model) folds them in")
+    places = {
+        f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable, i)
+        for named, leaf, variable in parameters(model)
+        for i, name in enumerate(named.names)
+    }
+    itemsize = np.dtype(model.dtype).itemsize
+    sizes = {name: int(np.prod(_shape(*place))) * itemsize for name, place in places.items()}
+    shards = _shards(sizes, shard_bytes)
+    with replacing(Path(folder)) as scratch:
+        for file, names in shards.items():
+            write_tensors(scratch / file, {name: _tensor(model, *places[name]) for name in names})
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(sizes.values())},
+                "weight_map": {name: file for file, names in shards.items() for name in names},
+            }
+            (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (scratch / "config.json").write_text(json.dumps(_config(model), indent=2, sort_keys=True), encoding="utf-8")
+        if model.config.stop_ids:
+            stops = {"eos_token_id": list(model.config.stop_ids)}
+            (scratch / "generation_config.json").write_text(json.dumps(stops), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+    return Path(folder)
+
+
+def _shape(named: Named, leaf: str, variable: Any, index: int) -> tuple[int, ...]:
+    del leaf, index
+    shape = variable.get_value().shape
+    return tuple(shape[1:] if named.stacked else shape)
+
+
+def _tensor(model: CausalLM, named: Named, leaf: str, variable: Any, index: int) -> np.ndarray[Any, Any]:
+    value = variable.get_value()
+    value = np.asarray((value[index] if named.stacked else value).astype(model.dtype))
+    return value.T if leaf == "kernel" and variable.get_metadata("transposed") else value
+
+
+def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """Fill files one after the other, each up to the limit."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _config(model: CausalLM) -> dict[str, Any]:
+    raw = json.loads(model.config.raw)
+    for old in ("torch_dtype", "dtype", "_name_or_path"):
+        raw.pop(old, None)
+    return {
+        **raw,
+        "architectures": [type(model).__name__],
+        "model_type": model.model_type,
+        "dtype": np.dtype(model.dtype).name,
+        "tie_word_embeddings": model.lm_head.kernel is None,
+    }

@@ -1,0 +1,167 @@
+"""Adapter folders: a peft folder where peft knows the method, else one of the same look that only jaxft reads."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import CheckpointError, MethodError, refuse
+from ..methods import METHODS, Full, LoRA, Method
+from ..methods.method import adapters, copy_tree, parts_of
+from ..methods.partition import attached
+from ..methods.switch import set_adapter
+from ..models.hub import read_json
+from ..models.tensors import Tensors, replacing, write_tensors
+from .entries import PREFIX, Entry, entries, fill_entries
+from .peft import config_of, method_of
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONVERT = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
+
+
+def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = None) -> Path:
+    """Write an adapter: what its method trains, and nothing else.
+
+    Of `LoRA` the folder is peft's, and `peft.PeftModel.from_pretrained` gives the same numbers. For what peft does not
+    know (BitFit, compositions) it looks the same, names the method, and only `load_adapter` reads it. The folder's files
+    are replaced together: on an error the old ones stay.
+
+    Args:
+        model_or_state: A `TrainState`, or a model that carries the adapter.
+        folder: Where to; made if it is not there.
+        name: The adapter's name; by default the state's, or "default".
+
+    Returns:
+        The folder.
+
+    Raises:
+        MethodError: There is no such adapter, or the method trains the whole model (`jaxft.save_model` writes that).
+
+    >>> import jaxft, tempfile
+    >>> model = jaxft.attach(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2))
+    >>> sorted(p.name for p in jaxft.save_adapter(model, tempfile.mkdtemp()).iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    is_state = hasattr(model_or_state, "trainable")
+    model = model_or_state.model if is_state else model_or_state
+    name = name or (model_or_state.name if is_state else "default")
+    method = adapters(model).get(name) or (model_or_state.method if is_state and name == model_or_state.name else None)
+    if method is None:
+        raise MethodError(f"no adapter {name!r} to save; the model carries {sorted(adapters(model)) or 'none'}")
+    if any(isinstance(part, Full) for part in parts_of(method)):
+        raise MethodError("Full trains the whole model, so there is no adapter: write it with jaxft.save_model")
+    places = entries(model, name, lambda path, v: method.trains(path, v, name))
+    config = config_of(method, model) if isinstance(method, LoRA) else own_config(method, model)
+    with replacing(Path(folder)) as scratch:
+        write_tensors(scratch / WEIGHTS, {key: entry.read() for key, entry in places.items()})
+        (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> Any:
+    """Return a new model with an adapter from a folder of jaxft's or of peft's.
+
+    It becomes active if no other adapter is; else it waits for `set_adapter`. Nothing of the others changes.
+
+    Args:
+        model: The base that the adapter was trained on, with or without other adapters.
+        folder: The folder that holds `adapter_config.json`.
+        name: The name it gets here.
+
+    Returns:
+        The new model; the given one stays as it is.
+
+    Raises:
+        CheckpointError: Files missing or damaged, options that are not supported, tensors that are missing, left over,
+            of another shape or not finite: each is named.
+        SelectionError: A name in the config matches nothing in this model.
+
+    >>> import jaxft, tempfile
+    >>> base = jaxft.testing.tiny_llama()
+    >>> folder = jaxft.save_adapter(jaxft.attach(base, jaxft.LoRA(r=2)), tempfile.mkdtemp())
+    >>> jaxft.adapters(jaxft.load_adapter(base, folder, name="french"))["french"].r
+    2
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the one that holds {CONFIG}")
+    config = read_json(folder / CONFIG)
+    where = str(folder / CONFIG)
+    method = own_method(config, where) if "jaxft_method" in config else method_of(config, where)
+    if name in adapters(model):
+        raise MethodError(f"the model already has an adapter {name!r}: give another name, or jaxft.detach it first")
+    fresh = copy_tree(attached(model, method, name=name))
+    places = entries(fresh, name, lambda path, v: method.trains(path, v, name))
+    with Tensors(folder, WEIGHTS, CONVERT) as tensors:
+        check_tensors(tensors, places, fresh)
+        fill_entries(places, tensors.read)
+    if name not in adapters(fresh):
+        return fresh
+    old = model.adapter_weights.get_value() if adapters(model) else jnp.zeros(0)
+    mine = jnp.full((*old.shape[:-1], 1), 0.0 if bool((old != 0).any()) else 1.0)
+    return set_adapter(fresh, jnp.concatenate([old, mine], -1))
+
+
+def check_tensors(tensors: Tensors, places: dict[str, Entry], model: Any) -> None:
+    """Refuse an adapter file whose tensors are not those of its config and this base."""
+    repeated = {k: base for k in tensors.shapes if (base := _repeated(k, model)) is not None and k not in places}
+    shapes = tensors.shapes
+    refuse(
+        CheckpointError,
+        f"{tensors.folder / WEIGHTS} does not fit its {CONFIG} and this base model",
+        [f"{k} is {shapes[k]} in the file, {e.shape} in this model" for k, e in places.items() if shapes.get(k, e.shape) != e.shape]
+        + [f"{k} is missing" for k in places if k not in shapes]
+        + [f"{k} belongs to no module that the config names" for k in shapes if k not in places and k not in repeated]
+        + [f"{k} differs from the base model's tensor" for k, base in repeated.items() if not _same(tensors, k, base)],
+    )
+    poisoned = {k: n for k in places if (n := tensors.non_finite(k))}
+    refuse(
+        CheckpointError,
+        f"{tensors.folder / WEIGHTS}: damaged weights",
+        [f"{k} has {n} values that are NaN or infinite" for k, n in poisoned.items()],
+    )
+
+
+def _repeated(key: str, model: Any) -> Any:
+    """Return the base's own table, if a tensor is only peft's copy of it beside an adapted embedding or head."""
+    if not key.endswith(".base_layer.weight") or not hasattr(model, "tied_kernel"):
+        return None
+    module = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+    if module != "lm_head":
+        return None
+    return model.tied_kernel() if model.lm_head.kernel is None else model.lm_head.kernel.get_value()
+
+
+def _same(tensors: Tensors, key: str, base: Any) -> bool:
+    return tensors.shapes[key] == base.shape[::-1] and np.array_equal(tensors.read(key), np.asarray(base).T)
+
+
+def own_config(method: Method, model: Any) -> dict[str, Any]:
+    """Return the `adapter_config.json` of a method that peft does not know."""
+    names = {cls: key for key, cls in METHODS.items()}
+    unnamed = [type(part).__name__ for part in parts_of(method) if type(part) not in names]
+    if unnamed:
+        raise MethodError(f"{', '.join(unnamed)} has no entry in jaxft.methods.METHODS, so no folder can name it")
+    parts = [{"name": names[type(part)], **dataclasses.asdict(part)} for part in parts_of(method)]
+    source = getattr(getattr(model, "config", None), "source", "") or None
+    return {"base_model_name_or_path": source, "jaxft_method": parts, "peft_type": "JAXFT"}
+
+
+def own_method(config: dict[str, Any], where: str) -> Method:
+    """Return the method that an own `adapter_config.json` names."""
+    made = []
+    for part in config["jaxft_method"]:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in part.items() if k != "name"}
+        try:
+            made.append(METHODS[part["name"]](**options))
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{where}: no method of jaxft is made by {part!r} ({error})") from None
+    whole = made[0]
+    for part in made[1:]:
+        whole = whole | part
+    return whole
+
+

@@ -1,0 +1,48 @@
+"""An adapter's own trained copies of base leaves: whole modules (`modules_to_save`) and biases.
+
+They hang beside the base, under the adapter's name, so that the base stays as it is, another adapter may bring its
+own, and switching the adapter off gives the base back.
+"""
+
+from typing import Any
+
+from ..errors import MethodError
+from ..models.seams import Copies, Delta
+from .linear import is_linear, logical_axes, make_seams
+from .matching import Target
+from .method import hang
+
+LEAVES = ("kernel", "bias", "scale", "embedding")
+
+
+def has_leaves(module: Any) -> bool:
+    """Tell whether a module has parameters of its own, or stands for tied ones."""
+    return is_linear(module) or any(getattr(module, leaf, None) is not None for leaf in LEAVES)
+
+
+def copy_leaves(target: Target, leaves: tuple[str, ...], name: str, tied: Any = None) -> None:
+    """Give an adapter its own float32 copies of a module's leaves.
+
+    Raises:
+        MethodError: The module is a person's own and no linear layer, so nothing would read the copies.
+    """
+    module = target.named.module
+    make_seams([module] if is_linear(module) else [])
+    if not hasattr(module, "saved"):
+        raise MethodError(
+            f"{target.named.path} is a {type(module).__name__} of your own model, which cannot hold an adapter's copy "
+            "of its parameters; only nnx.Linear can. Train it with Full, or with a filter of your own"
+        )
+    copies, lead = {}, ()
+    for leaf in leaves:
+        own = getattr(module, leaf, None)
+        if own is None:
+            if leaf == "kernel" and is_linear(module) and tied is not None:
+                copies[leaf] = Delta(tied().astype("float32"), axes=logical_axes(module))
+            continue
+        value, axes = own.get_value(), own.get_metadata().get("axes", ())
+        if target.named.stacked:
+            value = value if target.layers_held is None else value[list(target.layers_held),]
+            lead = value.shape[:1]
+        copies[leaf] = Delta(value.astype("float32"), axes=axes)
+    hang(module, "saved", name, Copies(copies, target.layers_held, lead))

@@ -1,0 +1,75 @@
+"""Which modules are linear layers, ours or a person's own `nnx.Linear`, and how the latter get their seams."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ..models.layers import Linear
+from ..models.names import Named
+from ..models.seams import Context, add_deltas, read
+
+
+def is_linear(module: Any) -> bool:
+    """Tell whether a module is a linear layer that a delta can hang at."""
+    return isinstance(module, (Linear, nnx.Linear))
+
+
+def kernel_shape(module: Any) -> tuple[int, ...]:
+    """Return `(*stack, in, out)`, also of a head that has no kernel of its own."""
+    if module.kernel is None:
+        return (module.in_features, module.out_features)
+    return tuple(module.kernel.get_value().shape)
+
+
+def logical_axes(module: Any) -> tuple[Any, Any]:
+    """Return the logical axes of a kernel's input and output; (None, None) for a person's own layer."""
+    return getattr(module, "axes", (None, None))
+
+
+def all_linear(model: Any, named: Iterable[Named]) -> list[Named]:
+    """Return the linear layers, the output head apart: what peft calls "all-linear"."""
+    head = getattr(model, "lm_head", None)
+    return [n for n in named if is_linear(n.module) and n.module is not head]
+
+
+def passes_context(module: Any) -> bool:
+    """Tell whether a layer is called with a context; a person's own is not."""
+    return isinstance(module, Linear)
+
+
+def make_seams(modules: Iterable[Any]) -> None:
+    """Turn a person's own linear layers into ones with the slots of ours: their class becomes a subclass."""
+    for module in modules:
+        if not passes_context(module) and not hasattr(module, "adapter_weights"):
+            module.__class__ = seamed(type(module))
+            module.delta, module.saved, module.adapter_weights = nnx.data(None), nnx.data(None), nnx.data(None)
+            module.lead = kernel_shape(module)[:-2]
+
+
+@functools.cache
+def seamed(cls: type) -> type:
+    """Return the subclass of a person's linear class that has the seams `delta` and `saved`.
+
+    Its layers hold the adapter weights themselves, since nobody passes them a context.
+    """
+
+    def __call__(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:  # noqa: N807
+        names = tuple(name for name, _ in self.adapter_weights.get_metadata("adapters"))
+        ctx = Context(weights=self.adapter_weights.get_value(), names=names)
+        y = cls.__call__(self if self.saved is None else with_copies(self, ctx), x, *args, **kwargs)
+        return add_deltas(self, x, y, ctx)
+
+    return type(f"Seamed{cls.__name__}", (cls,), {"__call__": __call__, "__module__": cls.__module__})
+
+
+def with_copies(module: Any, ctx: Context) -> Any:
+    """Return the layer with the adapters' copies of its leaves in place of its own."""
+    fresh = jax.tree.map(lambda x: x, module)
+    for leaf in ("kernel", "bias"):
+        value = read(module, leaf, ctx)
+        if value is not None:
+            setattr(fresh, leaf, nnx.Param(value))
+    return fresh

@@ -1,0 +1,140 @@
+"""Fold adapters into the base, and take them out again."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..errors import MethodError
+from ..models.names import Named, named_modules
+from ..models.seams import SLOTS, Context, mix
+from ..models.stack import spread
+from .linear import logical_axes
+from .method import adapters, copy_tree
+
+
+def merge(model: Any) -> Any:
+    """Return a plain model that computes what the base with its active adapters computes; the adapters are gone.
+
+    `kernel + sum_n w_n delta_n`, in float32, then in the base's dtype. A tied head that an adapter changed gets a
+    kernel of its own, and the embedding stays.
+
+    Args:
+        model: A model with adapters, weighted by an array `[n]`.
+
+    Raises:
+        MethodError: The model carries no adapter, or each row of a batch has its own weights.
+
+    >>> import jaxft
+    >>> model = jaxft.attach(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2))
+    >>> jaxft.adapters(jaxft.merge(model))
+    {}
+    """
+    fresh, ctx = _prepared(model)
+    for n in _adapted(fresh):
+        _merge_copies(fresh, n, ctx)
+        change = _kernel_change(n, ctx)
+        if change is not None:
+            _add_to_kernel(fresh, n.module, change)
+        for slot in SLOTS:
+            if hasattr(n.module, slot):
+                setattr(n.module, slot, nnx.data(None))
+    for _, module in nnx.iter_modules(fresh):
+        if getattr(module, "adapter_weights", None) is not None:
+            module.adapter_weights = nnx.data(None)
+            if type(module).__name__.startswith("Seamed"):
+                module.__class__ = type(module).__mro__[1]
+    return _untied(fresh)
+
+
+def unmerge(model: Any) -> Any:
+    """Take the active adapters out of a base that they were merged into: the inverse of `merge`, to rounding.
+
+    Args:
+        model: A merged model with the same adapters attached and weighted as they were merged.
+
+    Returns:
+        The base as it was, with the adapters still attached and active.
+
+    Raises:
+        MethodError: An adapter has copies of whole leaves (`modules_to_save`, `bias`): what stood there is gone.
+
+    >>> import jax, jaxft
+    >>> base = jaxft.testing.tiny_llama()
+    >>> merged = jaxft.merge(jaxft.attach(base, jaxft.LoRA(r=2)))
+    >>> again = jaxft.unmerge(jaxft.attach(merged, jaxft.LoRA(r=2)))
+    >>> bool((jaxft.set_adapter(again, None)([[1, 2]]) == base([[1, 2]])).all())
+    True
+    """
+    fresh, ctx = _prepared(model)
+    for n in _adapted(fresh):
+        if getattr(n.module, "saved", None) is not None:
+            raise MethodError(f"{n.path} was replaced by the adapter's copy: the base's own values cannot be had back")
+        change = _kernel_change(n, ctx)
+        if change is not None:
+            _add_to_kernel(fresh, n.module, -change)
+    return fresh
+
+
+def _prepared(model: Any) -> tuple[Any, Context]:
+    if not adapters(model):
+        raise MethodError("this model carries no adapter to merge")
+    weights = model.adapter_weights.get_value()
+    if weights.ndim > 1:
+        raise MethodError("each row has adapter weights of its own; choose one set first, with jaxft.set_adapter")
+    return copy_tree(model), Context(weights=weights, names=tuple(adapters(model)))
+
+
+def _adapted(model: Any) -> list[Named]:
+    return [n for n in named_modules(model) if any(getattr(n.module, slot, None) is not None for slot in SLOTS)]
+
+
+def _kernel_change(n: Named, ctx: Context) -> jax.Array | None:
+    """Return the weighted sum of what the deltas add to a kernel, `(*lead, in, out)`; None where there are none."""
+    change = None
+    for name, delta in (getattr(n.module, "delta", None) or {}).items():
+        one = ctx.weight(name) * spread(delta, len(n.names)).kernel_change()
+        change = one if change is None else change + one
+    return change
+
+
+def _add_to_kernel(model: Any, module: Any, change: jax.Array) -> None:
+    if module.kernel is None:
+        tied = model.tied_kernel()
+        module.kernel = nnx.Param(
+            (tied.astype(jnp.float32) + change).astype(tied.dtype), axes=module.axes, transposed=module.transposed
+        )
+        return
+    kernel = module.kernel.get_value()
+    module.kernel = module.kernel.replace((kernel.astype(jnp.float32) + change).astype(kernel.dtype))
+
+
+def _merge_copies(model: Any, n: Named, ctx: Context) -> None:
+    for name, held in (getattr(n.module, "saved", None) or {}).items():
+        copies = spread(held, len(n.names))
+        for leaf, copy in vars(copies).items():
+            if not isinstance(copy, nnx.Param):
+                continue
+            own = getattr(n.module, leaf)
+            base = own.get_value() if own is not None else model.tied_kernel() if leaf == "kernel" else None
+            weight, value = ctx.weight(name), copy.get_value()
+            gate = copies.gate.get_value()
+            gate = gate.reshape(*gate.shape, *(1,) * (value.ndim - gate.ndim))
+            merged = mix(base, value, weight * gate).astype(value.dtype if base is None else base.dtype)
+            setattr(n.module, leaf, own.replace(merged) if own is not None else _new_leaf(n.module, leaf, merged))
+
+
+def _new_leaf(module: Any, leaf: str, value: jax.Array) -> nnx.Param[Any]:
+    axes = logical_axes(module)
+    if leaf == "kernel":
+        return nnx.Param(value, axes=axes, transposed=getattr(module, "transposed", True))
+    return nnx.Param(value, axes=(*("layers",) * (value.ndim - 1), axes[1]))
+
+
+def _untied(model: Any) -> Any:
+    """Write it down in the config where a tied head has got a kernel of its own."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and model.lm_head.kernel is not None:
+        model.config = config.replace(tie_word_embeddings=False)
+    return model

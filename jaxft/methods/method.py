@@ -1,0 +1,193 @@
+"""A method is two things: what it attaches to the model, and which leaves of the pytree it trains."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..errors import MethodError
+from ..models.names import is_variable, variables
+from ..models.seams import SLOTS, AdapterWeights, Delta
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base of every method: a frozen record of options.
+
+    A method of your own overrides one or both of `fill` and `trains`; `jaxft.testing.check_method` holds it to the
+    laws that ours keep. `a | b` is the method that attaches both and trains the union.
+    """
+
+    def fill(self, model: Any, name: str, key: jax.Array) -> None:
+        """Hang this method's modules into the slots of `model`, a fresh copy that may be changed; by default nothing.
+
+        Args:
+            model: The copy.
+            name: The adapter's name, the key in every slot.
+            key: Source of initial values.
+        """
+        del model, name, key
+
+    def trains(self, path: str, variable: nnx.Variable[Any], name: str) -> bool:
+        """Tell whether a leaf is trained: by default, what hangs in a slot under the adapter's name.
+
+        Args:
+            path: Dotted path of the leaf.
+            variable: The leaf.
+            name: The adapter's name.
+        """
+        return isinstance(variable, Delta) and owner(path) == name
+
+    def __or__(self, other: "Method") -> "Method":
+        """Return the method that attaches one after the other and trains what either trains."""
+        if not isinstance(other, Method):
+            return NotImplemented
+        return Union((*parts_of(self), *parts_of(other)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Union(Method):
+    """Several methods as one, under one adapter name.
+
+    Attributes:
+        parts: The methods, in the order in which they attach.
+    """
+
+    parts: tuple[Method, ...]
+
+    def fill(self, model: Any, name: str, key: jax.Array) -> None:
+        """Attach each part in turn."""
+        for i, part in enumerate(self.parts):
+            part.fill(model, name, jax.random.fold_in(key, i) if i else key)
+
+    def trains(self, path: str, variable: nnx.Variable[Any], name: str) -> bool:
+        """Tell whether any part trains the leaf."""
+        return any(part.trains(path, variable, name) for part in self.parts)
+
+
+def parts_of(method: Method) -> tuple[Method, ...]:
+    """Return the methods that a union is made of; a method that is none is its own only part."""
+    return method.parts if isinstance(method, Union) else (method,)
+
+
+def owner(path: str) -> str | None:
+    """Return the name of the adapter that a leaf belongs to, None for the base's own.
+
+    >>> owner("model.layers.self_attn.q_proj.delta.default.a"), owner("model.norm.scale")
+    ('default', None)
+    """
+    parts = path.split(".")
+    return next((parts[i + 1] for i, part in enumerate(parts[:-1]) if part in SLOTS), None)
+
+
+def adapters(model: Any) -> dict[str, Method]:
+    """Return the adapters that a model carries, by name."""
+    weights = getattr(model, "adapter_weights", None)
+    return {} if weights is None else dict(weights.get_metadata("adapters"))
+
+
+def copy_tree(model: Any) -> Any:
+    """Return a new tree of modules that shares the model's arrays, and may be changed."""
+    shared = nnx.find_duplicates(model)
+    if shared:
+        pairs = "; ".join(" = ".join(".".join(map(str, path)) for path in paths) for paths in shared)
+        raise MethodError(f"the model holds one thing in two places ({pairs}); let one module call the other instead")
+    return jax.tree.map(lambda x: x, model)
+
+
+def attach(model: Any, method: Method, *, name: str = "default", seed: int = 0) -> Any:
+    """Return a new model with an adapter attached: it shares the base's arrays, and the given one stays as it is.
+
+    The new adapter counts 1, the others as before. A method that attaches nothing (full, BitFit) adds nothing.
+
+    Args:
+        model: A model of ours, or a person's own `nnx.Module` that has `nnx.Linear` layers.
+        method: What to attach.
+        name: The adapter's name.
+        seed: Of its initial values.
+
+    Returns:
+        The new model.
+
+    Raises:
+        MethodError: The name is taken, or the method does not fit the model.
+        SelectionError: Part of the method's selection matches nothing.
+
+    >>> import jaxft
+    >>> model = jaxft.testing.tiny_llama()
+    >>> adapted = jaxft.attach(model, jaxft.LoRA(r=2), name="french")
+    >>> sorted(jaxft.adapters(adapted)), sorted(jaxft.adapters(model))
+    (['french'], [])
+    """
+    if not isinstance(method, Method):
+        raise MethodError(f"{method!r} is no method; give jaxft.LoRA(...), jaxft.BitFit(), jaxft.Full() or your own")
+    if not name.isidentifier():
+        raise MethodError(f"adapter name {name!r}: use letters, digits and _, not beginning with a digit")
+    if name in adapters(model):
+        raise MethodError(f"the model already has an adapter {name!r}; it has {', '.join(map(repr, adapters(model)))}")
+
+    def build(fresh: Any) -> Any:
+        method.fill(fresh, name, jax.random.key(seed))
+        register(fresh, name, method)
+        return fresh
+
+    fresh = copy_tree(model)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(fresh)):
+        return jax.eval_shape(lambda m: build(copy_tree(m)), fresh)
+    return build(fresh)
+
+
+def register(model: Any, name: str, method: Method) -> None:
+    """Give a model the weight of a new adapter, if something was attached under its name."""
+    if not any(owner(path) == name for path in variables(model)):
+        return
+    holders = [model, *(m for _, m in nnx.iter_modules(model) if m is not model and hasattr(m, "adapter_weights"))]
+    for holder in holders:
+        old = getattr(holder, "adapter_weights", None)
+        known = () if old is None else old.get_metadata("adapters")
+        lead = getattr(holder, "lead", ())
+        weights = jnp.zeros((*lead, 0)) if old is None else old.get_value()
+        weights = jnp.concatenate([weights, jnp.ones((*weights.shape[:-1], 1))], -1)
+        holder.adapter_weights = nnx.data(AdapterWeights(weights, adapters=(*known, (name, method))))
+
+
+def detach(model: Any, name: str) -> Any:
+    """Return a new model without one of its adapters.
+
+    Raises:
+        MethodError: There is no adapter of this name.
+    """
+    if name not in adapters(model):
+        raise MethodError(f"no adapter {name!r}; the model has {sorted(adapters(model)) or 'none'}")
+    fresh = copy_tree(model)
+    for _, module in list(nnx.iter_modules(fresh)):
+        for slot in SLOTS:
+            hung = getattr(module, slot, None)
+            if isinstance(hung, nnx.Dict) and name in hung:
+                rest = {k: v for k, v in hung.items() if k != name}
+                setattr(module, slot, nnx.Dict(rest) if rest else nnx.data(None))
+        weights = getattr(module, "adapter_weights", None)
+        if is_variable(weights):
+            known = weights.get_metadata("adapters")
+            keep = [i for i, (n, _) in enumerate(known) if n != name]
+            left = tuple(known[i] for i in keep)
+            value = weights.get_value()[..., jnp.array(keep, int)]
+            module.adapter_weights = nnx.data(AdapterWeights(value, adapters=left) if left else None)
+    return fresh
+
+
+def hang(module: Any, slot: str, name: str, what: Any) -> None:
+    """Put something into a module's slot under the adapter's name, beside what hangs there.
+
+    Raises:
+        MethodError: The same adapter already claims the slot of this module.
+    """
+    hung = getattr(module, slot)
+    if hung is not None and name in hung:
+        raise MethodError(
+            f"two parts of the adapter {name!r} claim `{slot}` of the same module ({type(module).__name__}); "
+            "let them target different modules, or give them different names"
+        )
+    setattr(module, slot, nnx.Dict({**(hung or {}), name: what}))

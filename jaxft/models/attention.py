@@ -1,0 +1,91 @@
+"""Attention as one function, behind which the kernel is chosen, and the masks it takes.
+
+Shapes: B rows, H query heads, K key/value heads (H a multiple of K), T queries, S keys, E width of a head.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from .layers import dropout
+
+MASKED = -1e30  # finite, so that a query that sees nothing (a left pad) stays finite
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None
+) -> jax.Array:
+    """Return `softmax(q k^T / sqrt(E)) v` over the keys that the mask allows.
+
+    Args:
+        q: `[B, H, T, E]`.
+        k: `[B, K, S, E]`; query head h reads key head h // (H / K).
+        v: `[B, K, S, E]`.
+        mask: `[B or 1, 1, T, S]` bool.
+        rate: Dropout on the probabilities, where a key is given.
+        key: Dropout key.
+
+    Returns:
+        `[B, H, T, E]`, in the dtype of `q`.
+    """
+    drops = key is not None and rate > 0
+    if jax.default_backend() == "cpu" or drops:
+        return heads_first(q, k, v, mask, rate=rate, key=key)
+    time_first = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.nn.dot_product_attention(*time_first, mask=mask).swapaxes(1, 2)
+
+
+def heads_first(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None
+) -> jax.Array:
+    """Attention as plain matrix products per head, the layout that XLA on a CPU multiplies fastest.
+
+    The query heads that share a key head stand below each other, so that keys are never repeated, and the division
+    by the sum comes after the product with `v`, on T x E numbers and not on T x S.
+    """
+    b, h, t, e = q.shape
+    groups = h // k.shape[1]
+    q = q.reshape(b, k.shape[1], groups * t, e)
+    scores = (q @ k.swapaxes(2, 3)).astype(jnp.float32) * e**-0.5
+    scores = scores.reshape(b, k.shape[1], groups, t, -1)
+    scores = jnp.where(mask[:, :, None], scores, MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True).reshape(b, k.shape[1], groups * t, 1)
+    weights = dropout(weights, rate, key).reshape(b, k.shape[1], groups * t, -1).astype(v.dtype)
+    return ((weights @ v) / total.astype(v.dtype)).reshape(b, h, t, e)
+
+
+def causal_mask(
+    length: int, attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """Return `[B or 1, 1, T, T]` bool: a token sees itself and what stands before it in its own segment.
+
+    Args:
+        length: T.
+        attention_mask: `[B, T]`, zero at padding. Beside segments it narrows them, it never switches them off.
+        segment_ids: `[B, T]`, one number for each packed row; 0 is padding.
+    """
+    mask = jnp.tril(jnp.ones((length, length), bool))[None]
+    if attention_mask is not None:
+        mask = mask & (attention_mask != 0)[:, None, :]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids != 0)[:, None, :]
+    return mask[:, None]
+
+
+def default_positions(
+    shape: tuple[int, int], attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """Return `[B, T]` positions: counted from each segment's start, else over real tokens, else from the left.
+
+    >>> default_positions((1, 4), attention_mask=jnp.array([[0, 0, 1, 1]])).tolist()
+    [[0, 0, 0, 1]]
+    >>> default_positions((1, 5), segment_ids=jnp.array([[1, 1, 2, 2, 0]])).tolist()
+    [[0, 1, 0, 1, 0]]
+    """
+    if segment_ids is not None:
+        place = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
+        starts = jnp.concatenate([jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
+        return place - jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
+    if attention_mask is not None:
+        return jnp.maximum(jnp.cumsum(attention_mask != 0, 1) - 1, 0)
+    return jnp.broadcast_to(jnp.arange(shape[1])[None], shape)

@@ -1,0 +1,95 @@
+"""What a model's `config.json` says, as a frozen (static, hashable) record with the defaults of transformers."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax.numpy as jnp
+
+from ..errors import CheckpointError
+from .layers import ACTIVATIONS
+
+REMATS = ("none", "full")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What every family has; a family adds its own fields and `parse`.
+
+    Attributes:
+        dtype: Dtype of computation; parameters are cast to it where they are used.
+        remat: `"none"` or `"full"`: what the backward pass recomputes.
+        stop_ids: Tokens that end a text, from the model's and the generation config.
+        source: Folder or hub id that the model came from.
+        raw: The `config.json` as it was read, for writing it back.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tie_word_embeddings: bool
+    dtype: Any = jnp.dtype(jnp.float32)
+    remat: str = "none"
+    stop_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    source: str = dataclasses.field(default="", compare=False)
+    raw: str = dataclasses.field(default="{}", compare=False)
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the family's own fields, read from a `config.json`; refuse what the family cannot compute."""
+        raise TypeError(f"{cls.__name__} is abstract: a family says how its config.json is read")
+
+    @classmethod
+    def from_raw(cls, raw: Mapping[str, Any], **more: Any) -> Self:
+        """Build the record from a parsed `config.json` (see the examples of the families)."""
+        model_type = raw.get("model_type")
+        try:
+            fields = cls.parse(raw)
+        except KeyError as missing:
+            raise CheckpointError(f"config.json of model_type {model_type!r} lacks the key {missing}") from None
+        config = cls(**fields, raw=json.dumps(raw), stop_ids=token_ids(raw.get("eos_token_id")), **more)
+        config.check()
+        return config
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def check(self) -> None:
+        """Refuse head counts that do not divide, and an unknown `remat`."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(
+                f"config.json: num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.remat not in REMATS:
+            raise CheckpointError(f"remat={self.remat!r}: choose one of {', '.join(map(repr, REMATS))}")
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """Return the ids of an `eos_token_id` entry, which is a number, a list or nothing."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+
+
+def activation(raw: Mapping[str, Any], key: str, default: str) -> str:
+    """Return the name of the activation under `key`, which must be one we have."""
+    name = raw.get(key, default)
+    if name not in ACTIVATIONS:
+        raise CheckpointError(f"config.json: {key} {name!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+    return str(name)
+
+
+def refuse_unsupported(raw: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse keys whose value is not the only one that the family computes."""
+    for key, value in expected.items():
+        if raw.get(key, value) not in (value, None):
+            raise CheckpointError(
+                f"config.json: {key}={raw[key]!r} is not supported for model_type {raw.get('model_type')!r}, "
+                f"only {value!r} is"
+            )

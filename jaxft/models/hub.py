@@ -1,0 +1,153 @@
+"""A Hugging Face folder or hub id in, a model out: a walk over the mirrored names, tensor by tensor into place."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..errors import CheckpointError, refuse
+from . import FAMILIES
+from .causal import CausalLM
+from .config import token_ids
+from .names import LEAF_NAMES, Named, parameters
+from .tensors import Tensors
+
+NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve(path_or_hub_id: str | Path) -> Path:
+    """Return the folder of a model: the one given, or a snapshot from the hub (downloaded, or from its cache)."""
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and model.safetensors")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=NEEDED))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path_or_hub_id}: no such folder here, and the hub gave none ({type(error).__name__}: {reason}). "
+            "Check the spelling; for a private model log in with `hf auth login`; offline, give a local folder"
+        ) from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file that must be there."""
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} holds no {file.name}")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: a JSON object is expected, this is a {type(raw).__name__}")
+    return raw
+
+
+def read_config(folder: Path, *, dtype: Any = jnp.float32, remat: str = "none", source: str = "") -> Any:
+    """Read a folder's `config.json` into the record of its family, stop tokens of the generation config added."""
+    raw = read_json(folder / "config.json")
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if family is None:
+        known = ", ".join(FAMILIES)
+        what = "an adapter: load its base model, then jaxft.load_adapter" if "peft_type" in raw else "not supported"
+        raise CheckpointError(f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is {what}; there are {known}")
+    config = family.config_class.from_raw(raw, dtype=jnp.dtype(dtype), remat=remat, source=source or str(folder))
+    if (folder / "generation_config.json").is_file():
+        more = token_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
+        config = dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*config.stop_ids, *more))))
+    return config
+
+
+def abstract_model(config: Any) -> CausalLM:
+    """Return the model of a config with shapes for arrays: no memory, no weights."""
+    family = next(f for f in FAMILIES.values() if f.config_class is type(config))
+    model = jax.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg, arg-type]
+    shaped = lambda s: jax.ShapeDtypeStruct(s.shape, config.dtype)  # noqa: E731
+    return jax.tree.map(shaped, model)  # type: ignore[no-any-return]
+
+
+def load_model(folder: Path, *, dtype: Any = None, remat: str = "none", abstract: bool = False, source: str = "") -> CausalLM:
+    """Read a checkpoint folder into its family's model. Arguments, result and errors as of `jaxft.load`."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is an adapter: load its base model, then jaxft.load_adapter(model, {str(folder)!r})")
+    config = read_config(folder, remat=remat, source=source)
+    if abstract:
+        declared = config_dtype(json.loads(config.raw)) if dtype is None else jnp.dtype(dtype)
+        return abstract_model(config.replace(dtype=declared))
+    with Tensors(folder) as tensors:
+        model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else jnp.dtype(dtype)))
+        fill(model, tensors)
+    return model
+
+
+def config_dtype(raw: dict[str, Any]) -> Any:
+    """Return the dtype that a `config.json` declares; float32 where it declares none."""
+    return jnp.dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+
+
+def fill(model: CausalLM, tensors: Tensors) -> None:
+    """Put every tensor of a checkpoint into its place in an abstract model; refuse what does not fit, all at once."""
+    prefix = f"{model.prefix}."
+    bare = not any(name.startswith(prefix) for name in tensors.shapes)  # a backbone saved without its head
+    on_disk = {f"{prefix}{name}" if bare and name != "lm_head.weight" else name: name for name in tensors.shapes}
+    wanted = {
+        f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable)
+        for named, leaf, variable in parameters(model)
+        for name in named.names
+    }
+    spare = {"lm_head.weight"} if model.lm_head.kernel is None else set()
+    disposable = re.compile(model.disposable)
+    extra = [n for n in on_disk if n not in wanted and n not in spare and not disposable.fullmatch(n)]
+    refuse(
+        CheckpointError,
+        f"{tensors.folder}: its tensors are not those of a {model.model_type} with this config.json "
+        f"({model.config.num_hidden_layers} layers)",
+        [f"{name} is missing" for name in wanted if name not in on_disk]
+        + [f"{name} is not a tensor of this model" for name in extra]
+        + [
+            f"{name} is {tensors.shapes[on_disk[name]]} on disk, {disk_shape(*place)} by config.json"
+            for name, place in wanted.items()
+            if name in on_disk and tensors.shapes[on_disk[name]] != disk_shape(*place)
+        ],
+    )
+    poisoned = []
+    for named, leaf, variable in parameters(model):
+        sources = [on_disk[f"{name}.{LEAF_NAMES[leaf]}"] for name in named.names]
+        variable.set_value(assemble(tensors, sources, variable))
+        if not bool(_all_finite(variable.get_value())):
+            poisoned += [f"{s} has {n} values that are NaN or infinite" for s in sources if (n := tensors.non_finite(s))]
+    refuse(CheckpointError, f"{tensors.folder}: damaged weights; export or download the checkpoint again", poisoned)
+
+
+def disk_shape(named: Named, leaf: str, variable: nnx.Param[Any]) -> tuple[int, ...]:
+    """Return the shape that a leaf's tensor has in a checkpoint: no layer axis, kernels `(out, in)` as a rule."""
+    shape = variable.get_value().shape[1:] if named.stacked else variable.get_value().shape
+    return tuple(shape[::-1]) if leaf == "kernel" and variable.get_metadata("transposed") else tuple(shape)
+
+
+def assemble(tensors: Tensors, sources: list[str], variable: nnx.Param[Any]) -> jax.Array:
+    """Read the tensors of one leaf, one after the other, into one buffer of the leaf's shape and dtype."""
+    place = variable.get_value()
+    buffer = np.empty(place.shape, place.dtype)
+    transposed = variable.get_metadata("transposed", False)
+    whole = buffer.reshape(len(sources), *place.shape[-len(tensors.shapes[sources[0]]) :])
+    for slot, source in zip(whole, sources, strict=True):
+        tensor = tensors.read(source)
+        slot[...] = tensor.T if transposed else tensor
+    return jnp.asarray(buffer)
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()

@@ -1,0 +1,138 @@
+"""The modules that families are made of: linear, embedding, norms, dropout, activations.
+
+Names of leaves: `kernel` and `bias` of a linear, `scale` and `bias` of a norm, `embedding`. Every leaf carries its
+logical axes under the metadata key `axes`. Shapes: B rows, T positions, D model width.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .seams import Context, add_deltas, lift, mix, read
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = 0.02) -> jax.Array:
+    """Draw N(0, std^2), the initialisation of fresh parameters."""
+    return std * jax.random.normal(rngs.params(), shape)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero each value with probability `rate` and scale the rest by 1 / (1 - rate); the identity without a key."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def dot(x: jax.Array, kernel: Any) -> jax.Array:
+    """Multiply by a kernel, computed in the dtype of `x`: the seam at which other types of kernel come in.
+
+    Args:
+        x: `[..., in]`.
+        kernel: `[in, out]`, or `[B, in, out]` where each row of the batch has its own.
+    """
+    return x @ kernel.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """`x kernel + bias`, with the seams `dot`, `delta` and `saved`.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        axes: Logical axes of the kernel.
+        use_bias: Whether there is a bias.
+        tied: No kernel of its own; it is given at the call (a tied output head).
+        transposed: The checkpoint holds the kernel as `(out, in)`; False for GPT-2's Conv1D.
+        rngs: Source of the initial values.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str, str],
+        use_bias: bool = False,
+        tied: bool = False,
+        transposed: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        self.in_features, self.out_features, self.axes, self.transposed = in_features, out_features, axes, transposed
+        shape = (in_features, out_features)
+        self.kernel = None if tied else nnx.Param(normal(rngs, shape), axes=axes, transposed=transposed)
+        self.bias = nnx.Param(jnp.zeros((out_features,)), axes=axes[1:]) if use_bias else None
+        self.delta = nnx.data(None)
+        self.saved = nnx.data(None)
+
+    def __call__(self, x: jax.Array, ctx: Context, kernel: jax.Array | None = None) -> jax.Array:
+        """Map `[B, T, in]` to `[B, T, out]`; `kernel` is the tied one, where this module has none."""
+        y = dot(x, read(self, "kernel", ctx, kernel))
+        bias = read(self, "bias", ctx)
+        if bias is not None:
+            y = y + lift(bias.astype(y.dtype), y)
+        return add_deltas(self, x, y, ctx)
+
+
+class Embed(nnx.Module):
+    """A table of vectors; `attend` uses it as an output head."""
+
+    def __init__(self, size: int, features: int, *, axes: tuple[str, str] = ("vocab", "embed"), rngs: nnx.Rngs):
+        self.embedding = nnx.Param(normal(rngs, (size, features)), axes=axes)
+        self.saved = nnx.data(None)
+
+    def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
+        """Look ids `[B, T]` up: `[B, T, D]`. Copies are mixed after the look-up, so a row may have its own."""
+        rows = self.embedding.get_value()[ids]
+        for name, copies in (self.saved or {}).items():
+            rows = mix(rows, copies.embedding.get_value()[ids], ctx.weight(name))
+        return rows
+
+    def kernel(self) -> jax.Array:
+        """Return the table as the kernel `[D, V]` of a tied head: the base's, as in peft, not an adapter's copy."""
+        return self.embedding.get_value().T
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale`, normalised in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, features: int, eps: float):
+        self.scale, self.eps = nnx.Param(jnp.ones((features,)), axes=("norm",)), eps
+        self.saved = nnx.data(None)
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """Normalise `[B, T, D]` over the last axis."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * lift(read(self, "scale", ctx).astype(x.dtype), x)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean) / sqrt(var + eps) * scale + bias`, in float32 (Ba et al. 2016)."""
+
+    def __init__(self, features: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((features,)), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros((features,)), axes=("norm",))
+        self.eps = eps
+        self.saved = nnx.data(None)
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """Normalise `[B, T, D]` over the last axis."""
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, -1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
+        scale, bias = (lift(read(self, leaf, ctx).astype(jnp.float32), wide) for leaf in ("scale", "bias"))
+        return (wide * scale + bias).astype(x.dtype)

@@ -1,0 +1,154 @@
+"""Llama 2 and 3 (Touvron et al. 2023, Grattafiori et al. 2024): named as the modules of transformers."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from .attention import attend
+from .cache import Cache
+from .causal import CausalLM
+from .config import ModelConfig, activation
+from .layers import ACTIVATIONS, Embed, Linear, RMSNorm
+from .rope import Rope, rotate
+from .seams import Context, number
+from .stack import run, stacked
+
+PROBABILITIES = number("attention_dropout")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """The fields of a Llama.
+
+    >>> raw = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
+    ...        "num_attention_heads": 2}
+    >>> config = LlamaConfig.from_raw(raw)
+    >>> config.head_dim, config.num_key_value_heads, config.rope.theta
+    (4, 2, 10000.0)
+    """
+
+    intermediate_size: int
+    rms_norm_eps: float
+    rope: Rope
+    hidden_act: str
+    attention_bias: bool
+    mlp_bias: bool
+    attention_dropout: float
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Read the keys of a Llama's `config.json`."""
+        heads = raw["num_attention_heads"]
+        return {
+            **{key: raw[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+            "num_attention_heads": heads,
+            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+            "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+            "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+            "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
+            "rope": Rope.parse(raw),
+            "hidden_act": activation(raw, "hidden_act", "silu"),
+            "attention_bias": raw.get("attention_bias", False),
+            "mlp_bias": raw.get("mlp_bias", False),
+            "attention_dropout": raw.get("attention_dropout", 0.0),
+        }
+
+
+class LlamaAttention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        q, kv, bias = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.attention_bias
+        self.q_proj = Linear(c.hidden_size, q, axes=("embed", "heads"), use_bias=bias, rngs=rngs)
+        self.k_proj = Linear(c.hidden_size, kv, axes=("embed", "kv_heads"), use_bias=bias, rngs=rngs)
+        self.v_proj = Linear(c.hidden_size, kv, axes=("embed", "kv_heads"), use_bias=bias, rngs=rngs)
+        self.o_proj = Linear(q, c.hidden_size, axes=("heads", "embed"), use_bias=bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """Map `[B, T, D]` to `[B, T, D]`, reading and writing the cache where there is one."""
+        b, t, _ = x.shape
+        assert ctx.mask is not None and ctx.rope is not None and ctx.layer is not None
+
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(b, t, -1, self.config.head_dim).swapaxes(1, 2)
+
+        q, k = (rotate(heads(project(x, ctx)), ctx.rope) for project in (self.q_proj, self.k_proj))
+        v = heads(self.v_proj(x, ctx))
+        if cache is not None:
+            cache, k, v = cache.write(ctx.layer, k, v)
+        out = attend(q, k, v, ctx.mask, rate=self.config.attention_dropout, key=ctx.key_for(PROBABILITIES))
+        return self.o_proj(out.swapaxes(1, 2).reshape(b, t, -1), ctx), cache
+
+
+class LlamaMLP(nnx.Module):
+    """`down(act(gate(x)) * up(x))` (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(d, f, axes=("embed", "mlp"), use_bias=bias, rngs=rngs)
+        self.up_proj = Linear(d, f, axes=("embed", "mlp"), use_bias=bias, rngs=rngs)
+        self.down_proj = Linear(f, d, axes=("mlp", "embed"), use_bias=bias, rngs=rngs)
+        self.hidden_act = config.hidden_act
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """Map `[B, T, D]` to `[B, T, D]`."""
+        return self.down_proj(ACTIVATIONS[self.hidden_act](self.gate_proj(x, ctx)) * self.up_proj(x, ctx), ctx)
+
+
+class LlamaLayer(nnx.Module):
+    """Attention and MLP, each normed before and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.self_attn = LlamaAttention(config, rngs=rngs)
+        self.mlp = LlamaMLP(config, rngs=rngs)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """Map `[B, T, D]` to `[B, T, D]`."""
+        y, cache = self.self_attn(self.input_layernorm(x, ctx), ctx, cache)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x, ctx), ctx), cache
+
+
+class LlamaModel(nnx.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = stacked(lambda r: LlamaLayer(config, rngs=r), config.num_hidden_layers, rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def input_embedding(self) -> Embed:
+        """Return the table that a tied head calls."""
+        return self.embed_tokens
+
+    def __call__(self, ids: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """Map ids `[B, T]` to hidden states `[B, T, D]`."""
+        c = self.config
+        assert ctx.positions is not None
+        ctx = ctx.replace(rope=c.rope.angles(ctx.positions, c.head_dim))
+        x = self.embed_tokens(ids, ctx).astype(c.dtype)
+        x, cache = run(self.layers, x, ctx, cache, c.remat)
+        return self.norm(x, ctx), cache
+
+
+class LlamaForCausalLM(CausalLM):
+    """A Llama with its output head, tied to the embedding or with a kernel of its own."""
+
+    model_type = "llama"
+    prefix = "model"
+    config_class = LlamaConfig
+    default_targets = ("q_proj", "v_proj")
+    disposable = r".*rotary_emb\.inv_freq"
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        super().__init__(config)
+        self.model = LlamaModel(config, rngs=rngs)
+        d, v, tied = config.hidden_size, config.vocab_size, config.tie_word_embeddings
+        self.lm_head = Linear(d, v, axes=("embed", "vocab"), tied=tied, rngs=rngs)

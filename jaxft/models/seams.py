@@ -1,0 +1,150 @@
+"""The seams at which a method meets a model, and the context that is passed down to them.
+
+A module of a model has two empty slots, filled by `jaxft.methods` and keyed by the adapter's name:
+
+    delta   {name: module}   what the adapter adds to the module's output
+    saved   {name: Copies}   the adapter's own copies of base leaves (`modules_to_save`, `bias`)
+
+The base's own leaves keep their paths and values whatever hangs in the slots.
+"""
+
+import dataclasses
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+SLOTS = ("delta", "saved")
+
+
+class Delta(nnx.Param[Any]):
+    """A leaf that a method adds and trains."""
+
+
+class Const(nnx.Variable[Any]):
+    """An array that is neither trained nor a parameter of the base, such as a gate."""
+
+
+class AdapterWeights(Const):
+    """How much each named adapter counts: `[n]`, or `[B, n]` for a batch whose rows use different adapters.
+
+    Its metadata `adapters` holds a pair (name, method) for each of the n.
+    """
+
+
+class Copies(nnx.Module):
+    """An adapter's own copies of some leaves of one module, as attributes of the same names.
+
+    Args:
+        leaves: The copies, by name of the leaf.
+        layers_held: The layers of a stack that they are for; None for all, or outside a stack.
+        lead: Shape of the leading axes of every copy.
+    """
+
+    def __init__(self, leaves: dict[str, Delta], layers_held: tuple[int, ...] | None, lead: tuple[int, ...]):
+        self.layers_held = layers_held
+        self.gate = Const(jnp.ones(lead))  # scattered with the copies, it says in which layers they count
+        for leaf, copy in leaves.items():
+            setattr(self, leaf, copy)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every module of one forward pass may need to know.
+
+    Attributes:
+        key: Dropout key; None means no dropout, which is evaluation.
+        weights: `[n]` or `[B, n]`, how much each adapter counts; None where the model carries none.
+        mask: `[B or 1, 1, T, S]` bool, which of the S keys each of the T queries may see.
+        positions: `[B, T]` int32.
+        rope: Cosines and sines `[B, 1, T, head_dim / 2]`, float32, where the family rotates.
+        layer: Index of the layer, inside the stack.
+        names: Names of the adapters, in the order of `weights`.
+    """
+
+    key: jax.Array | None = None
+    weights: jax.Array | None = None
+    mask: jax.Array | None = None
+    positions: jax.Array | None = None
+    rope: tuple[jax.Array, jax.Array] | None = None
+    layer: jax.Array | None = None
+    names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def replace(self, **changes: Any) -> "Context":
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def at_layer(self, index: jax.Array) -> "Context":
+        """Return the context of one layer: its index, and a dropout key of its own."""
+        key = None if self.key is None else jax.random.fold_in(self.key, index)
+        return self.replace(key=key, layer=index)
+
+    def key_for(self, number: int) -> jax.Array | None:
+        """Return the dropout key of the module with this static number; None where nothing is dropped."""
+        return None if self.key is None else jax.random.fold_in(self.key, number)
+
+    def weight(self, name: str) -> jax.Array:
+        """Return how much an adapter counts: a scalar, or `[B, 1, 1]`."""
+        assert self.weights is not None
+        w = self.weights[..., self.names.index(name)]
+        return w if w.ndim == 0 else w.reshape(-1, 1, 1)
+
+
+def number(name: str) -> int:
+    """Return a static number for a module's or adapter's name, stable across runs and machines.
+
+    >>> number("embd_pdrop")
+    1090817618
+    """
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+def lift(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Give `x` explicit leading ones up to the rank of `like`, since silent rank promotion is an error here."""
+    return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
+
+
+def mix(base: jax.Array | None, copy: jax.Array, weight: jax.Array) -> jax.Array:
+    """Return `base + weight (copy - base)`: exactly `copy` at 1, exactly `base` at 0; None counts as zeros."""
+    base = jnp.zeros_like(copy) if base is None else base.astype(copy.dtype)
+    base, copy = lift(base, weight), lift(copy, weight)
+    weight = lift(weight, copy)
+    return jnp.where(weight == 1, copy, base + weight.astype(copy.dtype) * (copy - base))
+
+
+def read(module: Any, leaf: str, ctx: Context, base: jax.Array | None = None) -> Any:
+    """Return a leaf's value, or the copies of it that the active adapters bring.
+
+    Args:
+        module: A module with the slot `saved`.
+        leaf: Name of the leaf, `"kernel"` say.
+        ctx: Tells how much each adapter counts.
+        base: Stands for the leaf where the module has none of its own (a tied output head).
+
+    Returns:
+        The value (a quantised kernel as it is); None where there is no such leaf and no copy.
+    """
+    own = getattr(module, leaf, None)
+    value = base if own is None else own.get_value()
+    for name, copies in (module.saved or {}).items():
+        if hasattr(copies, leaf):
+            value = mix(value, getattr(copies, leaf).get_value(), ctx.weight(name) * copies.gate.get_value())
+    return value
+
+
+def add_deltas(module: Any, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:
+    """Add what the adapters contribute to a module's output: `y + sum_n w_n delta_n(x, y)`.
+
+    Args:
+        module: A module with the slot `delta`.
+        x: Its input `[..., in]`.
+        y: Its own output `[..., out]`.
+        ctx: Weights, names and dropout key.
+    """
+    base = y
+    for name, delta in (module.delta or {}).items():
+        y = y + delta(module, x, base, ctx, ctx.weight(name))
+    return y

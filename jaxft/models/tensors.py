@@ -1,0 +1,114 @@
+"""Safetensors files of a folder, one file or many, read lazily and written whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ..errors import CheckpointError
+
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+CONVERT = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class Tensors:
+    """The tensors of a checkpoint, by name; nothing is read until asked for.
+
+    Attributes:
+        folder: Where they are.
+        shapes: Shape of each, by name.
+        dtype: Dtype of most of the parameters.
+
+    Raises:
+        CheckpointError: No safetensors file, a file of the index that is missing, a file that is not whole.
+    """
+
+    def __init__(self, folder: Path, single: str = "model.safetensors", convert: str = CONVERT):
+        self.folder, self._stack = folder, ExitStack()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._owner: dict[str, Any] = {}
+        sizes: dict[str, int] = {}
+        for file in weight_files(folder, single, convert):
+            opened = self._open(file)
+            for name in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                piece = opened.get_slice(name)
+                self.shapes[name], self._owner[name] = tuple(piece.get_shape()), opened
+                kind = piece.get_dtype()
+                sizes[kind] = sizes.get(kind, 0) + int(np.prod(piece.get_shape()))
+                if kind not in FLOATS:
+                    raise CheckpointError(f"{file}: {name} is {kind}; weights are floats, {', '.join(FLOATS)}")
+        if not sizes:
+            raise CheckpointError(f"{folder}: its safetensors file holds no tensor")
+        self.dtype = jnp.dtype(FLOATS[max(sizes, key=sizes.__getitem__)])
+
+    def _open(self, file: Path) -> Any:
+        try:
+            return self._stack.enter_context(safe_open(file, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            size = file.stat().st_size if file.is_file() else 0
+            raise CheckpointError(
+                f"{file}: not a whole safetensors file ({size:,} bytes; {error}). Download or export it again"
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._owner.clear()
+        self._stack.close()
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """Read one tensor."""
+        return self._owner[name].get_tensor(name)  # type: ignore[no-any-return]
+
+    def non_finite(self, name: str) -> int:
+        """Count the values of one tensor that are NaN or infinite."""
+        return int((~np.isfinite(self.read(name).astype(np.float32))).sum())
+
+
+def weight_files(folder: Path, single: str, convert: str) -> list[Path]:
+    """Return the safetensors files of a folder: `single`, or those that its index names."""
+    index = folder / f"{single}.index.json"
+    if (folder / single).is_file():
+        return [folder / single]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not an index of safetensors files ({error})") from None
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise CheckpointError(f"{folder}: {index.name} names files that are missing: {', '.join(absent)}")
+        return [folder / name for name in names]
+    pickled = [f.name for pattern in PICKLED for f in folder.glob(pattern)]
+    hint = (
+        f"It has {pickled[0]}, a pickle, which can run code when it is opened and is not read here: convert it in "
+        f"PyTorch with `{convert}`"
+        if pickled
+        else "Give a folder that transformers or peft has saved"
+    )
+    raise CheckpointError(f"{folder} holds no {single}. {hint}")
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Give a scratch folder whose files are moved into `folder` at the end: all of them, or on an error none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+        yield Path(scratch)
+        for file in sorted(Path(scratch).iterdir()):
+            os.replace(file, folder / file.name)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write one safetensors file, marked as the PyTorch libraries expect."""
+    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, file, metadata={"format": "pt"})

@@ -1,0 +1,60 @@
+"""What is asked of a batch before a step is taken with it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..errors import BatchError, refuse
+from ..losses.language import IGNORED
+
+TOKENS = ("input_ids", "labels", "attention_mask", "position_ids", "segment_ids")
+
+
+def check_batch(batch: Mapping[str, Any], accumulate: int = 1) -> None:
+    """Refuse a batch whose shapes disagree, that does not divide, or that trains nothing.
+
+    Shapes are always looked at; labels where they lie in the host's memory, so that no step waits for an accelerator
+    (there, a batch that trains nothing leaves the state as it is, and the metric `skipped` says so).
+
+    Args:
+        batch: Arrays whose first axis is the rows.
+        accumulate: Number of micro-batches that the rows are split into.
+
+    Raises:
+        BatchError: Everything that is wrong, at once.
+    """
+    if not isinstance(batch, Mapping) or not batch:
+        raise BatchError(f"a batch is a dict of arrays, this is {type(batch).__name__}: give input_ids and labels [B, T]")
+    refuse(BatchError, "a batch that cannot be trained on", list(_problems(batch, accumulate)))
+
+
+def _problems(batch: Mapping[str, Any], accumulate: int) -> Any:
+    shapes = {name: np.shape(x) for name, x in batch.items()}
+    rows = {name: shape[0] if shape else None for name, shape in shapes.items()}
+    if len(set(rows.values())) > 1 or None in rows.values():
+        yield f"the first axis is the rows, but the arrays are {shapes}"
+        return
+    tokens = {name: shapes[name] for name in TOKENS if name in batch}
+    if len(set(tokens.values())) > 1:
+        yield "arrays over tokens must have one shape, but " + ", ".join(f"{n} is {s}" for n, s in tokens.items())
+    for name, shape in tokens.items():
+        if len(shape) != 2:
+            yield f"{name} is {shape}; it must be [rows, tokens]"
+        kind = np.dtype(batch[name].dtype).kind if hasattr(batch[name], "dtype") else "i"
+        if name in ("input_ids", "labels") and kind not in "iu":
+            yield f"{name} is {batch[name].dtype}; token ids are integers"
+    n = next(iter(rows.values()))
+    if n is not None and n % accumulate:
+        yield f"{n} rows do not divide into accumulate={accumulate} micro-batches"
+    labels = batch.get("labels")
+    if labels is not None and len(shapes["labels"]) == 2 and _on_host(labels):
+        if not bool((np.asarray(labels)[:, 1:] != IGNORED).any()):
+            yield "every label is -100 (the first of a row does not count): no token is trained"
+
+
+def _on_host(x: Any) -> bool:
+    if isinstance(x, jax.core.Tracer):
+        return False
+    return not isinstance(x, jax.Array) or all(d.platform == "cpu" for d in x.devices())

@@ -1,0 +1,92 @@
+"""The state of a training run, as a pytree."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ..errors import OptimizerError
+from ..methods.method import Method, adapters
+from ..methods.partition import attached, combine, leaves, partition
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """A model as two parts, and what the step needs besides.
+
+    Attributes:
+        step: Optimiser steps taken, int32.
+        trainable: The part that is trained, float32; a step consumes (donates) it.
+        frozen: The rest, shared with the model that was given.
+        opt_state: The optimiser's state over `{path: array}` of the trainable part; a step consumes it.
+        key: Root of all randomness: step n uses `fold_in(key, n)`.
+        tx: The optimiser. Make it once: another instance compiles another step. A learning rate that changes as a
+            value comes from `optax.inject_hyperparams`.
+        method: What was attached and is trained.
+        name: The adapter's name.
+    """
+
+    step: jax.Array
+    trainable: Any
+    frozen: Any
+    opt_state: Any
+    key: jax.Array
+    tx: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
+    method: Method = dataclasses.field(metadata={"static": True})
+    name: str = dataclasses.field(default="default", metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls,
+        model: Any,
+        method: Method | None,
+        tx: optax.GradientTransformation,
+        *,
+        seed: int = 0,
+        name: str = "default",
+    ) -> Self:
+        """Attach the method, split the model, copy what will be trained, and start the optimiser.
+
+        Args:
+            model: A model; it keeps its arrays whatever the steps do. It may carry adapters already.
+            method: What to attach and train; None goes on with the adapter `name` that the model carries.
+            tx: Any optax optimiser. It sees the trained leaves alone, as a dict by path.
+            seed: Of the adapter's initial values, and of the root key.
+            name: The adapter's name.
+
+        Returns:
+            The state before step 0.
+
+        Raises:
+            OptimizerError: `tx` is no optimiser.
+            MethodError: The method does not fit the model, or the adapter that it carries.
+
+        >>> import jaxft
+        >>> model = jaxft.testing.tiny_llama()
+        >>> state = jaxft.TrainState.create(model, jaxft.LoRA(r=2), optax.adamw(1e-3))
+        >>> int(state.step), type(state.model).__name__
+        (0, 'LlamaForCausalLM')
+        """
+        if not isinstance(tx, optax.GradientTransformation):
+            raise OptimizerError(
+                f"{tx!r} is no optimiser: give an optax.GradientTransformation, such as optax.adamw(2e-4) "
+                "(called, with a learning rate)"
+            )
+        model = attached(model, method, name=name, seed=seed)
+        method = adapters(model)[name] if method is None else method
+        trainable, frozen = partition(model, method, name=name)
+        trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
+        opt_state = jax.tree.map(jnp.copy, tx.init(leaves(trainable)))  # some optimisers keep the parameters themselves
+        return cls(jnp.int32(0), trainable, frozen, opt_state, jax.random.key(seed), tx, method, name)
+
+    @property
+    def model(self) -> Any:
+        """The whole model, which can be called. Its trained arrays are the state's: the next step consumes them."""
+        return combine(self.trainable, self.frozen)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,155 @@
+"""One optimiser step: differentiate, divide once, update, keep the old state where anything is not finite."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ..errors import BatchError
+from ..methods.partition import combine, leaves
+from ..models.names import variables
+from .batch import check_batch
+from .state import TrainState
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class ModelLoss(Protocol):
+    """The loss that a step takes and a person writes.
+
+    It returns the sum over trained tokens (or rows), their number, and a dict of further (sum, weight) pairs.
+    """
+
+    def __call__(
+        self, model: Any, batch: Batch, *, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+        """Return (total, weight, metrics)."""
+        ...
+
+
+class TrainStep:
+    """A compiled step, called as `state, metrics = step(state, batch)`. See `make_train_step`."""
+
+    def __init__(self, loss: ModelLoss, accumulate: int):
+        self.accumulate = accumulate
+        self.jitted = jax.jit(
+            partial(train_step, loss, accumulate), static_argnames="tx", donate_argnames=("trainable", "opt_state")
+        )
+
+    def arguments(self, state: TrainState, batch: Batch) -> dict[str, Any]:
+        """Return what `jitted` takes, for looking at the compiled step: `step.jitted.lower(**...)`."""
+        return {
+            "step": state.step,
+            "trainable": state.trainable,
+            "opt_state": state.opt_state,
+            "frozen": state.frozen,
+            "key": state.key,
+            "batch": dict(batch),
+            "tx": state.tx,
+        }
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Take one step."""
+        check_batch(batch, self.accumulate)
+        step, trainable, opt_state, metrics = self.jitted(**self.arguments(state, batch))
+        return state.replace(step=step, trainable=trainable, opt_state=opt_state), metrics
+
+
+def make_train_step(loss: ModelLoss, *, accumulate: int = 1) -> TrainStep:
+    """Make the step of a loss: compiled once for a structure and shape, and again for nothing that is only a value.
+
+    The step consumes the trainable part and the optimiser's state of the state it is given; the base passes through.
+    Where loss, gradient or new parameters are not finite, or nothing was trained, parameters and optimiser stay
+    exactly as they were, and the step counts on.
+
+    Args:
+        loss: A model loss `loss(model, batch, *, key) -> (total, weight, metrics)`.
+        accumulate: Micro-batches that the rows of a batch are split into, one after the other. Sums are added and
+            divided once, so the update is the whole batch's however the trained tokens are spread.
+
+    Returns:
+        `step(state, batch) -> (state, metrics)`; metrics are scalars: `loss`, `grad_norm` (before any clipping),
+        `trained_tokens` (the weight), `skipped` (1 where the old state was kept), and what the loss adds.
+
+    Raises:
+        BatchError: `accumulate` is no whole number of at least 1; when called, a batch that cannot be trained on.
+
+    >>> import jaxft
+    >>> state = jaxft.TrainState.create(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2), optax.adamw(1e-2))
+    >>> step = jaxft.make_train_step(jaxft.losses.next_token_loss)
+    >>> ids = jnp.array([[3, 4, 5, 6], [5, 6, 7, 8]])
+    >>> state, metrics = step(state, {"input_ids": ids, "labels": ids})
+    >>> int(state.step), int(metrics["trained_tokens"]), int(metrics["skipped"])
+    (1, 6, 0)
+    """
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise BatchError(f"accumulate={accumulate!r}: give a whole number of at least 1")
+    return TrainStep(loss, accumulate)
+
+
+def train_step(
+    loss: ModelLoss,
+    accumulate: int,
+    step: jax.Array,
+    trainable: Any,
+    opt_state: Any,
+    frozen: Any,
+    key: jax.Array,
+    batch: Batch,
+    tx: optax.GradientTransformation,
+) -> tuple[jax.Array, Any, Any, Metrics]:
+    """The step as a pure function; see `make_train_step`."""
+    params = leaves(trainable)
+    key = jax.random.fold_in(key, step)
+
+    def summed(params: dict[str, jax.Array], rows: Batch, key: jax.Array) -> Any:
+        total, weight, extra = loss(combine(with_leaves(trainable, params), frozen), rows, key=key)
+        return total, {"weight": weight, "extra": extra}
+
+    (total, sums), grads = over_micro_batches(jax.value_and_grad(summed, has_aux=True), params, batch, key, accumulate)
+    weight = sums["weight"]
+    some = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)  # nothing trained: 0 / tiny = 0, and the old state is kept
+    mean, grads = total / some, jax.tree.map(lambda g: g / some.astype(g.dtype), grads)
+    norm = optax.tree.norm(grads)
+    updates, new_opt = optax.with_extra_args_support(tx).update(grads, opt_state, params, value=mean)
+    new = optax.apply_updates(params, updates)
+    good = (weight > 0) & jnp.isfinite(mean) & jnp.isfinite(norm) & finite(new)
+    keep: Callable[[Any, Any], Any] = partial(jax.tree.map, partial(jnp.where, good))
+    metrics = {name: a / jnp.maximum(b, jnp.finfo(jnp.float32).tiny) for name, (a, b) in sums["extra"].items()}
+    metrics |= {"loss": mean, "grad_norm": norm, "trained_tokens": weight, "skipped": 1 - good.astype(jnp.int32)}
+    return step + 1, with_leaves(trainable, keep(new, params)), keep(new_opt, opt_state), metrics
+
+
+def over_micro_batches(
+    value_and_grad: Callable[..., Any], params: Any, batch: Batch, key: jax.Array, accumulate: int
+) -> Any:
+    """Add values and gradients over micro-batches of equal numbers of rows, each with a key of its own."""
+    if accumulate == 1:
+        return value_and_grad(params, batch, key)
+    micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+
+    def add(sums: Any, xs: Any) -> tuple[Any, None]:
+        rows, index = xs
+        return jax.tree.map(jnp.add, sums, value_and_grad(params, rows, jax.random.fold_in(key, index))), None
+
+    first = jax.tree.map(lambda x: x[0], micro)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_grad, params, first, key))
+    return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulate)))[0]
+
+
+def with_leaves(part: Any, values: dict[str, jax.Array]) -> Any:
+    """Return a part with other values in its leaves, given by path."""
+    fresh = jax.tree.map(lambda x: x, part)
+    known = variables(fresh)
+    for path, value in values.items():
+        known[path].set_value(value)
+    return fresh
+
+
+def finite(tree: Any) -> jax.Array:
+    """Tell whether every number in a tree is finite."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
