@@ -44,7 +44,8 @@ def next_token_loss(
     Args:
         model: A model with `hidden` and `head`.
         batch: `input_ids` and `labels` (unshifted, -100 = not trained), both `[B, T]`; optionally `attention_mask`,
-            `position_ids`, `segment_ids`. Across a border of segments nothing is predicted.
+            `position_ids`, `segment_ids`. Padding predicts nothing and is not predicted, whatever its label says
+            (transformers looks at the label alone), and nothing is predicted across a border of segments.
         key: Dropout key; None: no dropout.
 
     Returns:
@@ -58,9 +59,18 @@ def next_token_loss(
     """
     inputs = {name: batch[name] for name in ("attention_mask", "position_ids", "segment_ids") if name in batch}
     hidden = model.hidden(batch["input_ids"], **inputs, key=key)[:, :-1]
-    labels = batch["labels"][:, 1:]
-    if "segment_ids" in batch:
-        segments = batch["segment_ids"]
-        labels = jnp.where(segments[:, 1:] == segments[:, :-1], labels, IGNORED)
+    labels = jnp.where(predicted(batch), batch["labels"][:, 1:], IGNORED)
     total = cross_entropy(model.head(hidden, key=key), labels, reduction="sum")
     return total, jnp.sum(labels != IGNORED).astype(jnp.float32), {}
+
+
+def predicted(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Return `[B, T - 1]` bool: whether token t + 1 is predicted from t, both real and of one segment."""
+    pairs = jnp.ones((1, batch["input_ids"].shape[1] - 1), bool)
+    if "attention_mask" in batch:
+        real = batch["attention_mask"] != 0
+        pairs = pairs & real[:, 1:] & real[:, :-1]
+    if "segment_ids" in batch:
+        segments = batch["segment_ids"]
+        pairs = pairs & (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    return pairs

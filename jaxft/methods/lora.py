@@ -53,7 +53,8 @@ class LoRA(Method):
         alpha_pattern: The same for alpha.
         use_rslora: `s = alpha / sqrt(r)` (Kalajdzievski 2023).
         bias: `"none"`, `"all"` or `"lora_only"`: which of the base's biases the adapter has a trained copy of.
-        modules_to_save: Names of modules that the adapter has a whole trained copy of: heads, embeddings.
+        modules_to_save: Ends of names of modules that the adapter has a whole trained copy of: heads, embeddings
+            (`"norm"` means every module whose name ends so, `input_layernorm` too, as in peft).
         init: `"default"` (A uniform in +-1/sqrt(in), as the reference) or `"gaussian"`.
 
     Raises:
@@ -151,9 +152,12 @@ class LoRA(Method):
         return tuple(sorted(names))
 
     def _accepts(self, name: str, wanted: Names) -> bool:
-        if named(name, self.exclude_modules) or any(named(name, (m,)) for m in self.modules_to_save):
+        if named(name, self.exclude_modules) or self._saves(name):
             return False
         return named(name, wanted) and (self.layers is None or layer_index(name, self.layers_pattern) in self.layers)
+
+    def _saves(self, name: str) -> bool:
+        return name.endswith(self.modules_to_save) if self.modules_to_save else False
 
     def scale(self, name: str) -> tuple[int, float]:
         """Return rank and scale of the module of this name."""
@@ -202,7 +206,7 @@ class LoRA(Method):
         if self.bias == "none":
             return
         if self.bias == "all":
-            targets = find(model, lambda n: not any(named(n, (m,)) for m in self.modules_to_save))
+            targets = find(model, lambda n: not self._saves(n))
         having = [t for t in targets if getattr(t.named.module, "bias", None) is not None]
         if not having:
             raise MethodError(f"LoRA: bias={self.bias!r}, but no module that it means has a bias")
@@ -210,6 +214,8 @@ class LoRA(Method):
             copy_leaves(target, ("bias",), name)
 
     def _copy_modules(self, model: Any, name: str) -> None:
-        check_names(model, "modules_to_save", self.modules_to_save or None, has_leaves, "module with parameters")
-        for target in find(model, lambda n: any(named(n, (m,)) for m in self.modules_to_save), has_leaves):
+        for one in self.modules_to_save:
+            if not find(model, lambda n, one=one: n.endswith(one), has_leaves):
+                check_names(model, "modules_to_save", (one,), has_leaves, "module with parameters")
+        for target in find(model, self._saves, has_leaves):
             copy_leaves(target, LEAVES, name, tied=getattr(model, "tied_kernel", None))

@@ -1,6 +1,7 @@
 """The low-rank delta `s x A B`: its product with a backward rule of its own, and the module that holds A and B."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -105,12 +106,14 @@ class LowRank(nnx.Module):
         return ranks * a.shape[-2], ranks * b.shape[-1]
 
 
+@partial(jax.jit, static_argnums=1)
 def kaiming_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draw `(*lead, in, r)` from U(-1/sqrt(in), 1/sqrt(in)): the reference's `kaiming_uniform_(a=sqrt(5))` for A."""
     bound = shape[-2] ** -0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
+@partial(jax.jit, static_argnums=1)
 def gaussian(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draw `(*lead, in, r)` from N(0, 1/r^2): the reference's `init_lora_weights="gaussian"` for A."""
     return jax.random.normal(key, shape) / shape[-1]

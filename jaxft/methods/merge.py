@@ -10,7 +10,7 @@ from ..errors import MethodError
 from ..models.names import Named, named_modules
 from ..models.seams import SLOTS, Context, mix
 from ..models.stack import spread
-from .linear import logical_axes
+from .linear import logical_axes, unseam
 from .method import adapters, copy_tree
 
 
@@ -32,19 +32,21 @@ def merge(model: Any) -> Any:
     {}
     """
     fresh, ctx = _prepared(model)
+    tied = fresh.tied_kernel() if hasattr(fresh, "tied_kernel") else None
     for n in _adapted(fresh):
-        _merge_copies(fresh, n, ctx)
+        _merge_copies(n, ctx, tied)
         change = _kernel_change(n, ctx)
         if change is not None:
-            _add_to_kernel(fresh, n.module, change)
+            _add_to_kernel(n.module, change, tied)
         for slot in SLOTS:
             if hasattr(n.module, slot):
                 setattr(n.module, slot, nnx.data(None))
+        if tied is not None and n.module is fresh.backbone.input_embedding() and fresh.lm_head.kernel is None:
+            _set(fresh.lm_head, "kernel", tied)  # an adapter's copy of the table is for looking up, not for the head
     for _, module in nnx.iter_modules(fresh):
         if getattr(module, "adapter_weights", None) is not None:
             module.adapter_weights = nnx.data(None)
-            if type(module).__name__.startswith("Seamed"):
-                module.__class__ = type(module).__mro__[1]
+            unseam(module)
     return _untied(fresh)
 
 
@@ -73,7 +75,7 @@ def unmerge(model: Any) -> Any:
             raise MethodError(f"{n.path} was replaced by the adapter's copy: the base's own values cannot be had back")
         change = _kernel_change(n, ctx)
         if change is not None:
-            _add_to_kernel(fresh, n.module, -change)
+            _add_to_kernel(n.module, -change, None)
     return fresh
 
 
@@ -99,37 +101,31 @@ def _kernel_change(n: Named, ctx: Context) -> jax.Array | None:
     return change
 
 
-def _add_to_kernel(model: Any, module: Any, change: jax.Array) -> None:
-    if module.kernel is None:
-        tied = model.tied_kernel()
-        module.kernel = nnx.Param(
-            (tied.astype(jnp.float32) + change).astype(tied.dtype), axes=module.axes, transposed=module.transposed
-        )
-        return
-    kernel = module.kernel.get_value()
-    module.kernel = module.kernel.replace((kernel.astype(jnp.float32) + change).astype(kernel.dtype))
+def _add_to_kernel(module: Any, change: jax.Array, tied: jax.Array | None) -> None:
+    kernel = tied if module.kernel is None else module.kernel.get_value()
+    _set(module, "kernel", (kernel.astype(jnp.float32) + change).astype(kernel.dtype))
 
 
-def _merge_copies(model: Any, n: Named, ctx: Context) -> None:
+def _merge_copies(n: Named, ctx: Context, tied: jax.Array | None) -> None:
     for name, held in (getattr(n.module, "saved", None) or {}).items():
         copies = spread(held, len(n.names))
         for leaf, copy in vars(copies).items():
-            if not isinstance(copy, nnx.Param):
-                continue
-            own = getattr(n.module, leaf)
-            base = own.get_value() if own is not None else model.tied_kernel() if leaf == "kernel" else None
-            weight, value = ctx.weight(name), copy.get_value()
-            gate = copies.gate.get_value()
-            gate = gate.reshape(*gate.shape, *(1,) * (value.ndim - gate.ndim))
-            merged = mix(base, value, weight * gate).astype(value.dtype if base is None else base.dtype)
-            setattr(n.module, leaf, own.replace(merged) if own is not None else _new_leaf(n.module, leaf, merged))
+            if isinstance(copy, nnx.Param):
+                own, value, gate = getattr(n.module, leaf), copy.get_value(), copies.gate.get_value()
+                base = own.get_value() if own is not None else tied if leaf == "kernel" else None
+                weight = ctx.weight(name) * gate.reshape(*gate.shape, *(1,) * (value.ndim - gate.ndim))
+                _set(n.module, leaf, mix(base, value, weight).astype(value.dtype if base is None else base.dtype))
 
 
-def _new_leaf(module: Any, leaf: str, value: jax.Array) -> nnx.Param[Any]:
-    axes = logical_axes(module)
-    if leaf == "kernel":
-        return nnx.Param(value, axes=axes, transposed=getattr(module, "transposed", True))
-    return nnx.Param(value, axes=(*("layers",) * (value.ndim - 1), axes[1]))
+def _set(module: Any, leaf: str, value: jax.Array) -> None:
+    """Put a value into a leaf of a layer, which may have had none."""
+    own = getattr(module, leaf)
+    if own is not None:
+        setattr(module, leaf, own.replace(value))
+    elif leaf == "kernel":
+        module.kernel = nnx.Param(value, axes=logical_axes(module), transposed=module.transposed)
+    else:
+        module.bias = nnx.Param(value, axes=(*("layers",) * (value.ndim - 1), logical_axes(module)[1]))
 
 
 def _untied(model: Any) -> Any:

@@ -73,7 +73,7 @@ class CausalLM(nnx.Module):
 
     def tied_kernel(self) -> jax.Array | None:
         """Return the kernel `[D, V]` that a head without one of its own calls: the embedding, transposed."""
-        return self.backbone.input_embedding().kernel() if self.lm_head.kernel is None else None
+        return self.backbone.input_embedding().as_kernel() if self.lm_head.kernel is None else None
 
     def __call__(
         self,

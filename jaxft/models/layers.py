@@ -73,8 +73,8 @@ class Linear(nnx.Module):
     ):
         self.in_features, self.out_features, self.axes, self.transposed = in_features, out_features, axes, transposed
         shape = (in_features, out_features)
-        self.kernel = None if tied else nnx.Param(normal(rngs, shape), axes=axes, transposed=transposed)
-        self.bias = nnx.Param(jnp.zeros((out_features,)), axes=axes[1:]) if use_bias else None
+        self.kernel = nnx.data(None) if tied else nnx.Param(normal(rngs, shape), axes=axes, transposed=transposed)
+        self.bias = nnx.Param(jnp.zeros((out_features,)), axes=axes[1:]) if use_bias else nnx.data(None)
         self.delta = nnx.data(None)
         self.saved = nnx.data(None)
 
@@ -101,7 +101,7 @@ class Embed(nnx.Module):
             rows = mix(rows, copies.embedding.get_value()[ids], ctx.weight(name))
         return rows
 
-    def kernel(self) -> jax.Array:
+    def as_kernel(self) -> jax.Array:
         """Return the table as the kernel `[D, V]` of a tied head: the base's, as in peft, not an adapter's copy."""
         return self.embedding.get_value().T
 

@@ -1,0 +1,70 @@
+"""Tiny random models and a toy tokenizer, for tests."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
+from ..models.llama import LlamaConfig, LlamaForCausalLM
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+}
+
+
+def tiny_llama(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> LlamaForCausalLM:
+    """Return a random Llama of two layers, with a vocabulary of 64; keywords go into its `config.json`.
+
+    >>> tiny_llama(tie_word_embeddings=True).config.tie_word_embeddings
+    True
+    """
+    config = LlamaConfig.from_raw({**LLAMA, **raw}, remat=remat, dtype=jnp.dtype(dtype))
+    return jax.jit(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(seed)))()
+
+
+def tiny_gpt2(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> GPT2LMHeadModel:
+    """Return a random GPT-2 of two layers, without dropout, with a vocabulary of 64; keywords as in `tiny_llama`.
+
+    >>> tiny_gpt2(n_layer=3).transformer.h.depth
+    3
+    """
+    config = GPT2Config.from_raw({**GPT2, **raw}, remat=remat, dtype=jnp.dtype(dtype))
+    return jax.jit(lambda: GPT2LMHeadModel(config, rngs=nnx.Rngs(seed)))()
+
+
+class ToyTokenizer:
+    """A tokenizer of letters: `a` is 1, `b` is 2, ...; 0 is the end token.
+
+    >>> ToyTokenizer()("bad")["input_ids"], ToyTokenizer().decode([2, 1, 4, 0])
+    ([2, 1, 4], 'bad')
+    """
+
+    eos_token_id = 0
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """Turn a text into ids."""
+        return {"input_ids": [ord(letter) - 96 for letter in text]}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Turn ids into a text."""
+        return "".join(chr(i + 96) for i in ids if not (skip_special_tokens and i == 0))

@@ -1,0 +1,25 @@
+"""Strict JAX for the whole suite: eight devices, no silent rank promotion, warnings are errors."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+CACHE = Path(__file__).parents[1] / ".jax_cache"
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_disable_most_optimizations", True)  # tiny programs: compiling them is the suite's whole cost
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled():
+    """Free what a module compiled: the suite makes hundreds of programs."""
+    yield
+    jax.clear_caches()

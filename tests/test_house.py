@@ -1,0 +1,109 @@
+"""The house itself: imports point up the list, files stay small, public names are what they are."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxft
+
+ROOT = Path(jaxft.__file__).parent
+ROWS = [
+    ["errors"],
+    ["models"],
+    ["methods"],
+    ["losses"],
+    ["generation"],
+    ["train"],
+    ["interop"],
+    ["loading"],
+    ["testing"],
+    ["__init__"],
+]
+MODELS = ["seams", "layers", "cache", "attention", "stack", "config", "rope", "causal", "gpt2", "llama", "__init__", "names"]
+INSIDE = {
+    "models": [*MODELS, "tensors", "hub"],
+    "methods": ["method", "matching", "linear", "copies", "low_rank", "full", "bitfit", "lora", "__init__", "partition"],
+    "losses": ["language", "__init__"],
+    "generation": ["sampling", "generate", "__init__"],
+    "train": ["batch", "state", "step", "optimizer", "__init__"],
+    "interop": ["entries", "peft", "folder", "export", "__init__"],
+    "testing": ["tiny", "laws", "__init__"],
+}
+INSIDE["methods"] += ["report", "switch", "merge"]
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(file):
+    """Yield the modules of jaxft that a file imports, as (row, file) names."""
+    here = file.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - node.level]
+            target = (*base, *(node.module.split(".") if node.module else ()))
+            for alias in node.names:
+                inner = (*target, alias.name)
+                yield inner if (ROOT.joinpath(*inner).with_suffix(".py")).exists() or ROOT.joinpath(*inner).is_dir() else target
+        if isinstance(node, ast.Import):
+            assert not any(a.name.split(".")[0] == "jaxft" for a in node.names), f"{file}: import relatively"
+
+
+def place(parts):
+    row = next(i for i, names in enumerate(ROWS) if (parts[0] if parts else "__init__") in names)
+    inside = INSIDE.get(parts[0] if parts else "", [])
+    name = parts[1] if len(parts) > 1 else "__init__"
+    return row, inside.index(name) if inside else 0
+
+
+def test_imports_point_up_the_list():
+    seen = 0
+    for file in FILES:
+        here = file.relative_to(ROOT).with_suffix("").parts
+        for target in imports(file):
+            seen += 1
+            assert place(target) < place(here), f"{'.'.join(here)} imports {'.'.join(target)}, which stands below it"
+    assert seen > 80
+
+
+def test_files_are_small():
+    lengths = sorted(len(f.read_text().splitlines()) for f in FILES)
+    assert len(lengths) > 30
+    assert lengths[len(lengths) // 2] <= 150
+    assert lengths[-1] <= 400
+
+
+def test_public_names():
+    assert sorted(jaxft.__all__) == jaxft.__all__
+    assert all(hasattr(jaxft, name) for name in jaxft.__all__)
+    assert set(jaxft.__all__) == {
+        *("BatchError", "CheckpointError", "GenerationError", "JaxftError", "MethodError", "OptimizerError"),
+        *("PartitionError", "SelectionError", "BitFit", "Full", "LoRA", "Method", "ParameterReport", "TrainState"),
+        *("adapters", "attach", "combine", "decay_mask", "detach", "generate", "generate_ids", "leaves", "load"),
+        *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
+        *("save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
+    }
+
+
+def test_every_public_docstring_has_an_example():
+    lacking = [
+        name
+        for name in jaxft.__all__
+        if callable(getattr(jaxft, name)) and not name.endswith(("Error", "Report")) and ">>>" not in getattr(jaxft, name).__doc__
+    ]
+    assert lacking == ["Method"] or lacking == []
+
+
+@pytest.mark.parametrize("heavy", ["transformers", "datasets", "orbax", "grain", "matplotlib", "torch", "huggingface_hub"])
+def test_import_is_light(heavy):
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, jaxft; sys.exit({heavy!r} in sys.modules)"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"import jaxft imports {heavy}: {done.stderr[-300:]}"
+
+
+def test_nothing_that_is_loaded_can_run_code():
+    forbidden = ("pickle", "torch.load", "eval(", "exec(", "yaml.load(", "trust_remote_code")
+    found = [f"{f}: {word}" for f in FILES for word in forbidden if word in f.read_text().replace("a pickle, which", "")]
+    assert not found
