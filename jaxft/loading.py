@@ -26,6 +26,12 @@ def load(
     Raises:
         CheckpointError: The folder or its files are missing, damaged, of an unknown family, or do not fit each other;
             every tensor concerned is named.
+
+    >>> import jaxft, tempfile
+    >>> folder = jaxft.save_model(jaxft.testing.tiny_llama(), tempfile.mkdtemp())
+    >>> model, tokenizer = load(folder, dtype="bfloat16")
+    >>> model.dtype.name, tokenizer is None
+    ('bfloat16', True)
     """
     folder = resolve(path_or_hub_id)
     model = load_model(folder, dtype=dtype, remat=remat, abstract=abstract, source=str(path_or_hub_id))

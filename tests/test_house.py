@@ -25,7 +25,7 @@ ROWS = [
 MODELS = ["seams", "layers", "cache", "attention", "stack", "config", "rope", "causal", "gpt2", "llama", "__init__", "names"]
 INSIDE = {
     "models": [*MODELS, "tensors", "hub"],
-    "methods": ["method", "matching", "linear", "copies", "low_rank", "full", "bitfit", "lora", "__init__", "partition"],
+    "methods": ["linear", "method", "matching", "copies", "low_rank", "full", "bitfit", "lora", "__init__", "partition"],
     "losses": ["language", "__init__"],
     "generation": ["sampling", "generate", "__init__"],
     "train": ["batch", "state", "step", "optimizer", "__init__"],
@@ -92,7 +92,7 @@ def test_every_public_docstring_has_an_example():
         for name in jaxft.__all__
         if callable(getattr(jaxft, name)) and not name.endswith(("Error", "Report")) and ">>>" not in getattr(jaxft, name).__doc__
     ]
-    assert lacking == ["Method"] or lacking == []
+    assert not lacking
 
 
 @pytest.mark.parametrize("heavy", ["transformers", "datasets", "orbax", "grain", "matplotlib", "torch", "huggingface_hub"])
@@ -104,6 +104,15 @@ def test_import_is_light(heavy):
 
 
 def test_nothing_that_is_loaded_can_run_code():
-    forbidden = ("pickle", "torch.load", "eval(", "exec(", "yaml.load(", "trust_remote_code")
-    found = [f"{f}: {word}" for f in FILES for word in forbidden if word in f.read_text().replace("a pickle, which", "")]
-    assert not found
+    """No pickle, no eval, no trust: what is read is safetensors and JSON."""
+    seen = 0
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names += [node.id] if isinstance(node, ast.Name) else []
+            names += [node.attr] if isinstance(node, ast.Attribute) else []
+            names += [node.arg] if isinstance(node, ast.keyword) else []
+            seen += len(names)
+            bad = {"pickle", "eval", "exec", "trust_remote_code", "torch", "allow_pickle"} & set(names)
+            assert not bad, f"{file}: {bad}"
+    assert seen > 1000

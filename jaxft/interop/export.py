@@ -59,6 +59,9 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
             (scratch / "generation_config.json").write_text(json.dumps(stops), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
+    for old in Path(folder).glob("model*.safetensors*"):
+        if old.name not in {*shards, "model.safetensors.index.json"} or (len(shards) == 1 and old.name not in shards):
+            old.unlink()  # of an earlier model in the same folder, which a loader would take for this one's
     return Path(folder)
 
 

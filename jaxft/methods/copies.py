@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import MethodError
 from ..models.seams import Copies, Delta
-from .linear import is_linear, logical_axes, make_seams
+from .linear import is_linear, kernel_shape, logical_axes, make_seams
 from .matching import Target
 from .method import hang
 
@@ -33,7 +33,8 @@ def copy_leaves(target: Target, leaves: tuple[str, ...], name: str, tied: Any = 
             f"{target.named.path} is a {type(module).__name__} of your own model, which cannot hold an adapter's copy "
             "of its parameters; only nnx.Linear can. Train it with Full, or with a filter of your own"
         )
-    copies, lead = {}, ()
+    copies: dict[str, Delta] = {}
+    lead = kernel_shape(module)[:-2] if is_linear(module) and not target.named.stacked else ()
     for leaf in leaves:
         own = getattr(module, leaf, None)
         if own is None:

@@ -50,8 +50,10 @@ def make_seams(modules: Iterable[Any]) -> None:
 
 
 def unseam(module: Any) -> None:
-    """Give a person's own layer its class back."""
+    """Make a person's own layer again what it was."""
     if hasattr(module, "lead"):
+        for slot in ("delta", "saved", "adapter_weights", "lead"):
+            delattr(module, slot)
         module.__class__ = type(module).__mro__[1]
 
 
@@ -77,5 +79,20 @@ def with_copies(module: Any, ctx: Context) -> Any:
     for leaf in ("kernel", "bias"):
         value = read(module, leaf, ctx)
         if value is not None:
-            setattr(fresh, leaf, nnx.Param(value))
+            put(fresh, leaf, value)
     return fresh
+
+
+def put(module: Any, leaf: str, value: jax.Array) -> None:
+    """Put a value into a leaf of a linear layer, which may have had none."""
+    own = getattr(module, leaf)
+    if own is not None:
+        setattr(module, leaf, own.replace(value))
+        return
+    axes = logical_axes(module)
+    if leaf == "kernel":
+        module.kernel = nnx.Param(value, axes=axes, transposed=module.transposed)
+        return
+    module.bias = nnx.Param(value, axes=(*("layers",) * (value.ndim - 1), axes[1]))
+    if isinstance(module, nnx.Linear):
+        module.use_bias = True

@@ -10,8 +10,8 @@ from ..errors import MethodError
 from ..models.names import Named, named_modules
 from ..models.seams import SLOTS, Context, mix
 from ..models.stack import spread
-from .linear import logical_axes, unseam
-from .method import adapters, copy_tree
+from .linear import put, unseam
+from .method import adapters, copy_tree, forget_adapters
 
 
 def merge(model: Any) -> Any:
@@ -42,11 +42,10 @@ def merge(model: Any) -> Any:
             if hasattr(n.module, slot):
                 setattr(n.module, slot, nnx.data(None))
         if tied is not None and n.module is fresh.backbone.input_embedding() and fresh.lm_head.kernel is None:
-            _set(fresh.lm_head, "kernel", tied)  # an adapter's copy of the table is for looking up, not for the head
-    for _, module in nnx.iter_modules(fresh):
-        if getattr(module, "adapter_weights", None) is not None:
-            module.adapter_weights = nnx.data(None)
-            unseam(module)
+            put(fresh.lm_head, "kernel", tied)  # an adapter's copy of the table is for looking up, not for the head
+    for _, module in list(nnx.iter_modules(fresh)):
+        unseam(module)
+    forget_adapters(fresh)
     return _untied(fresh)
 
 
@@ -103,7 +102,7 @@ def _kernel_change(n: Named, ctx: Context) -> jax.Array | None:
 
 def _add_to_kernel(module: Any, change: jax.Array, tied: jax.Array | None) -> None:
     kernel = tied if module.kernel is None else module.kernel.get_value()
-    _set(module, "kernel", (kernel.astype(jnp.float32) + change).astype(kernel.dtype))
+    put(module, "kernel", (kernel.astype(jnp.float32) + change).astype(kernel.dtype))
 
 
 def _merge_copies(n: Named, ctx: Context, tied: jax.Array | None) -> None:
@@ -111,21 +110,10 @@ def _merge_copies(n: Named, ctx: Context, tied: jax.Array | None) -> None:
         copies = spread(held, len(n.names))
         for leaf, copy in vars(copies).items():
             if isinstance(copy, nnx.Param):
-                own, value, gate = getattr(n.module, leaf), copy.get_value(), copies.gate.get_value()
+                own, value, gate = getattr(n.module, leaf, None), copy.get_value(), copies.gate.get_value()
                 base = own.get_value() if own is not None else tied if leaf == "kernel" else None
                 weight = ctx.weight(name) * gate.reshape(*gate.shape, *(1,) * (value.ndim - gate.ndim))
-                _set(n.module, leaf, mix(base, value, weight).astype(value.dtype if base is None else base.dtype))
-
-
-def _set(module: Any, leaf: str, value: jax.Array) -> None:
-    """Put a value into a leaf of a layer, which may have had none."""
-    own = getattr(module, leaf)
-    if own is not None:
-        setattr(module, leaf, own.replace(value))
-    elif leaf == "kernel":
-        module.kernel = nnx.Param(value, axes=logical_axes(module), transposed=module.transposed)
-    else:
-        module.bias = nnx.Param(value, axes=(*("layers",) * (value.ndim - 1), logical_axes(module)[1]))
+                put(n.module, leaf, mix(base, value, weight).astype(value.dtype if base is None else base.dtype))
 
 
 def _untied(model: Any) -> Any:

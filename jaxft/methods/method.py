@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..errors import MethodError
+from ..models.causal import CausalLM
 from ..models.names import is_variable, variables
 from ..models.seams import SLOTS, AdapterWeights, Delta
+from .linear import unseam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +20,13 @@ class Method:
 
     A method of your own overrides one or both of `fill` and `trains`; `jaxft.testing.check_method` holds it to the
     laws that ours keep. `a | b` is the method that attaches both and trains the union.
+
+    >>> class NormsOnly(Method):
+    ...     def trains(self, path, variable, name):
+    ...         return path.endswith(".scale")
+    >>> import jaxft
+    >>> jaxft.parameter_report(jaxft.testing.tiny_llama(), NormsOnly()).trainable
+    160
     """
 
     def fill(self, model: Any, name: str, key: jax.Array) -> None:
@@ -83,7 +92,12 @@ def owner(path: str) -> str | None:
 
 
 def adapters(model: Any) -> dict[str, Method]:
-    """Return the adapters that a model carries, by name."""
+    """Return the adapters that a model carries, by name.
+
+    >>> import jaxft
+    >>> jaxft.adapters(jaxft.attach(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2)))["default"].r
+    2
+    """
     weights = getattr(model, "adapter_weights", None)
     return {} if weights is None else dict(weights.get_metadata("adapters"))
 
@@ -158,6 +172,11 @@ def detach(model: Any, name: str) -> Any:
 
     Raises:
         MethodError: There is no adapter of this name.
+
+    >>> import jaxft
+    >>> model = jaxft.attach(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2), name="french")
+    >>> jaxft.adapters(jaxft.detach(model, "french"))
+    {}
     """
     if name not in adapters(model):
         raise MethodError(f"no adapter {name!r}; the model has {sorted(adapters(model)) or 'none'}")
@@ -175,7 +194,19 @@ def detach(model: Any, name: str) -> Any:
             left = tuple(known[i] for i in keep)
             value = weights.get_value()[..., jnp.array(keep, int)]
             module.adapter_weights = nnx.data(AdapterWeights(value, adapters=left) if left else None)
+    if not adapters(fresh):
+        for _, module in list(nnx.iter_modules(fresh)):
+            unseam(module)
+        forget_adapters(fresh)
     return fresh
+
+
+def forget_adapters(model: Any) -> None:
+    """Leave a model as it is without adapters: the empty slot of ours, nothing on a person's own."""
+    if isinstance(model, CausalLM):
+        model.adapter_weights = nnx.data(None)
+    elif hasattr(model, "adapter_weights"):
+        del model.adapter_weights
 
 
 def hang(module: Any, slot: str, name: str, what: Any) -> None:

@@ -75,7 +75,8 @@ def trainable_mask(model: Any, method: Method, *, name: str = "default", seed: i
     """Return a pytree of booleans with the structure of the attached model, as `optax.masked` takes it.
 
     `optax.masked` hands the gradients of masked-out leaves on as they are, so pair it with `set_to_zero`:
-    `optax.multi_transform({True: tx, False: optax.set_to_zero()}, mask)`.
+    `optax.multi_transform({True: tx, False: optax.set_to_zero()}, lambda params: mask)`. (The lambda, since the mask has
+    the model's own type, and optax takes labels that can be called for a function.)
 
     Args:
         model: A model; the method is attached where the name is not there yet.
@@ -124,6 +125,12 @@ def combine(trainable: Any, frozen: Any) -> Any:
 
     Raises:
         PartitionError: A leaf is in both parts or in neither, or the parts are not of one model; each path is named.
+
+    >>> import jaxft
+    >>> model = jaxft.testing.tiny_gpt2()
+    >>> whole = jaxft.combine(*jaxft.partition(model, jaxft.BitFit()))
+    >>> bool((whole([[1, 2]]) == model([[1, 2]])).all())
+    True
     """
     problems = []
 
@@ -153,7 +160,12 @@ def _map(f: Any, model: Any) -> Any:
 
 
 def leaves(part: Any) -> dict[str, Any]:
-    """Return the values that a part (or a whole model) holds, by dotted path."""
+    """Return the values that a part (or a whole model) holds, by dotted path.
+
+    >>> import jaxft
+    >>> jaxft.leaves(jaxft.testing.tiny_llama())["model.layers.self_attn.q_proj.kernel"].shape
+    (2, 32, 32)
+    """
     return {path: v.get_value() for path, v in variables(part).items() if v.get_value() is not None}
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..models.config import ModelConfig
 from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
 from ..models.llama import LlamaConfig, LlamaForCausalLM
 
@@ -39,7 +40,7 @@ def tiny_llama(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, 
     True
     """
     config = LlamaConfig.from_raw({**LLAMA, **raw}, remat=remat, dtype=jnp.dtype(dtype))
-    return jax.jit(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(seed)))()
+    return random_model(LlamaForCausalLM, config, seed)
 
 
 def tiny_gpt2(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> GPT2LMHeadModel:
@@ -49,7 +50,17 @@ def tiny_gpt2(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, *
     3
     """
     config = GPT2Config.from_raw({**GPT2, **raw}, remat=remat, dtype=jnp.dtype(dtype))
-    return jax.jit(lambda: GPT2LMHeadModel(config, rngs=nnx.Rngs(seed)))()
+    return random_model(GPT2LMHeadModel, config, seed)
+
+
+def random_model(family: Any, config: ModelConfig, seed: int) -> Any:
+    """Return a model of a config with fresh parameters, in the config's dtype."""
+
+    @jax.jit
+    def make() -> Any:
+        return jax.tree.map(lambda x: x.astype(config.dtype), family(config, rngs=nnx.Rngs(seed)))
+
+    return make()
 
 
 class ToyTokenizer:

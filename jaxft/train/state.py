@@ -27,6 +27,11 @@ class TrainState:
             value comes from `optax.inject_hyperparams`.
         method: What was attached and is trained.
         name: The adapter's name.
+
+    >>> import jaxft
+    >>> state = TrainState.create(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2), optax.adamw(1e-3))
+    >>> sorted(state.opt_state[0].mu)[0]
+    'model.layers.self_attn.q_proj.delta.default.a'
     """
 
     step: jax.Array

@@ -58,6 +58,7 @@ ADAPTERS = {
         "all": {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"},
         "head": {"r": 4, "target_modules": ["lm_head", "v_proj"]},
         "saved": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        "saved-head": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     },
     "llama-biased": {
         "bias-all": {"r": 4, "bias": "all", "target_modules": ["q_proj", "up_proj"]},

@@ -1,0 +1,50 @@
+"""Attention against the library's own, and positions and masks worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.models.attention import attend, causal_mask, default_positions, heads_first
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (6, 1)])
+def test_against_jax(heads, kv):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, h, 7, 8)) for i, h in enumerate((heads, kv, kv)))
+    mask = causal_mask(7, attention_mask=jnp.array([[1] * 7, [0, 0, 1, 1, 1, 1, 1]]))
+
+    def reference(q, k, v):
+        return jax.nn.dot_product_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), mask=mask).swapaxes(1, 2)
+
+    real = jnp.ones((2, 1, 7, 1)).at[1, :, :2].set(0)  # a query that sees nothing is defined by nobody
+
+    def weighted(f):
+        return lambda *x: (f(*x) * real * jnp.arange(8.0)[None, None, None]).sum()
+
+    np.testing.assert_allclose(attend(q, k, v, mask) * real, reference(q, k, v) * real, atol=1e-6)
+    ours = jax.grad(weighted(lambda *x: heads_first(*x, mask)), (0, 1, 2))(q, k, v)
+    theirs = jax.grad(weighted(reference), (0, 1, 2))(q, k, v)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_dropout_of_the_probabilities():
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 2, 4, 8)) for i in range(3))
+    mask = causal_mask(4)
+    dropped = attend(q, k, v, mask, rate=0.5, key=jax.random.key(0))
+    mean = jnp.stack([attend(q, k, v, mask, rate=0.5, key=jax.random.key(i)) for i in range(400)]).mean(0)
+    assert (dropped != attend(q, k, v, mask)).any()
+    np.testing.assert_allclose(mean, attend(q, k, v, mask), atol=0.35)
+    np.testing.assert_array_equal(attend(q, k, v, mask, rate=0.5), attend(q, k, v, mask))
+
+
+def test_masks():
+    mask = causal_mask(4, jnp.array([[1, 1, 1, 0]]), jnp.array([[1, 2, 2, 2]]))[0, 0]
+    assert mask.astype(int).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0]]
+    assert causal_mask(3).shape == (1, 1, 3, 3)
+
+
+def test_positions():
+    assert default_positions((1, 3)).tolist() == [[0, 1, 2]]
+    assert default_positions((2, 4), jnp.array([[0, 1, 1, 0], [1, 1, 0, 1]])).tolist() == [[0, 0, 1, 1], [0, 1, 1, 2]]
+    assert default_positions((1, 6), None, jnp.array([[0, 3, 3, 1, 1, 1]])).tolist() == [[0, 0, 1, 0, 1, 2]]
