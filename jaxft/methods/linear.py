@@ -44,7 +44,7 @@ def make_seams(modules: Iterable[Any]) -> None:
     """Turn a person's own linear layers into ones with the slots of ours: their class becomes a subclass."""
     for module in modules:
         if not passes_context(module) and not hasattr(module, "adapter_weights"):
-            module.__class__ = seamed(type(module))
+            object.__setattr__(module, "__class__", seamed(type(module)))  # nnx would note it as an attribute
             module.delta, module.saved, module.adapter_weights = nnx.data(None), nnx.data(None), nnx.data(None)
             module.lead = kernel_shape(module)[:-2]
 
@@ -54,7 +54,7 @@ def unseam(module: Any) -> None:
     if hasattr(module, "lead"):
         for slot in ("delta", "saved", "adapter_weights", "lead"):
             delattr(module, slot)
-        module.__class__ = type(module).__mro__[1]
+        object.__setattr__(module, "__class__", type(module).__mro__[1])
 
 
 @functools.cache
