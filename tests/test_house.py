@@ -22,10 +22,34 @@ ROWS = [
     ["testing"],
     ["__init__"],
 ]
-MODELS = ["seams", "layers", "cache", "attention", "stack", "config", "rope", "causal", "gpt2", "llama", "__init__", "names"]
+MODELS = [
+    "seams",
+    "layers",
+    "cache",
+    "attention",
+    "stack",
+    "config",
+    "rope",
+    "causal",
+    "gpt2",
+    "llama",
+    "__init__",
+    "names",
+]
 INSIDE = {
     "models": [*MODELS, "tensors", "hub"],
-    "methods": ["linear", "method", "matching", "copies", "low_rank", "full", "bitfit", "lora", "__init__", "partition"],
+    "methods": [
+        "linear",
+        "method",
+        "matching",
+        "copies",
+        "low_rank",
+        "full",
+        "bitfit",
+        "lora",
+        "__init__",
+        "partition",
+    ],
     "losses": ["language", "__init__"],
     "generation": ["sampling", "generate", "__init__"],
     "train": ["batch", "state", "step", "optimizer", "__init__"],
@@ -45,7 +69,11 @@ def imports(file):
             target = (*base, *(node.module.split(".") if node.module else ()))
             for alias in node.names:
                 inner = (*target, alias.name)
-                yield inner if (ROOT.joinpath(*inner).with_suffix(".py")).exists() or ROOT.joinpath(*inner).is_dir() else target
+                yield (
+                    inner
+                    if (ROOT.joinpath(*inner).with_suffix(".py")).exists() or ROOT.joinpath(*inner).is_dir()
+                    else target
+                )
         if isinstance(node, ast.Import):
             assert not any(a.name.split(".")[0] == "jaxft" for a in node.names), f"{file}: import relatively"
 
@@ -90,12 +118,16 @@ def test_every_public_docstring_has_an_example():
     lacking = [
         name
         for name in jaxft.__all__
-        if callable(getattr(jaxft, name)) and not name.endswith(("Error", "Report")) and ">>>" not in getattr(jaxft, name).__doc__
+        if callable(getattr(jaxft, name))
+        and not name.endswith(("Error", "Report"))
+        and ">>>" not in getattr(jaxft, name).__doc__
     ]
     assert not lacking
 
 
-@pytest.mark.parametrize("heavy", ["transformers", "datasets", "orbax", "grain", "matplotlib", "torch", "huggingface_hub"])
+@pytest.mark.parametrize(
+    "heavy", ["transformers", "datasets", "orbax", "grain", "matplotlib", "torch", "huggingface_hub"]
+)
 def test_import_is_light(heavy):
     done = subprocess.run(
         [sys.executable, "-c", f"import sys, jaxft; sys.exit({heavy!r} in sys.modules)"], capture_output=True, text=True

@@ -34,10 +34,8 @@ def filter_logits(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, t
     return jnp.where(jnp.take_along_axis(kept, rank, -1), logits, -jnp.inf)
 
 
-def sample(
-    logits: jax.Array, key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
-) -> jax.Array:
-    """Draw a token `[B]` for each row of `[B, V]` logits, row b with `fold_in(key, b)`; arguments of `filter_logits`."""
+def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Draw a token `[B]` for each row of `[B, V]` logits, row b with `fold_in(key, b)`; see `filter_logits`."""
     kept = filter_logits(logits, temperature, top_k, top_p)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(logits)))
     return jax.vmap(jax.random.categorical)(keys, kept)

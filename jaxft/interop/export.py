@@ -35,7 +35,9 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
     ['config.json', 'model.safetensors']
     """
     if adapters(model):
-        raise MethodError(f"the model carries adapters ({', '.join(adapters(model))}): jaxft.merge(model) folds them in")
+        raise MethodError(
+            f"the model carries adapters ({', '.join(adapters(model))}): jaxft.merge(model) folds them in"
+        )
     places = {
         f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable, i)
         for named, leaf, variable in parameters(model)

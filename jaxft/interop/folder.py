@@ -26,8 +26,8 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     """Write an adapter: what its method trains, and nothing else.
 
     Of `LoRA` the folder is peft's, and `peft.PeftModel.from_pretrained` gives the same numbers. For what peft does not
-    know (BitFit, compositions) it looks the same, names the method, and only `load_adapter` reads it. The folder's files
-    are replaced together: on an error the old ones stay.
+    know (BitFit, compositions) it looks the same, names the method, and only `load_adapter` reads it. On an error the
+    folder's old files stay.
 
     Args:
         model_or_state: A `TrainState`, or a model that carries the adapter.
@@ -112,7 +112,11 @@ def check_tensors(tensors: Tensors, places: dict[str, Entry], model: Any) -> Non
     refuse(
         CheckpointError,
         f"{tensors.folder / WEIGHTS} does not fit its {CONFIG} and this base model",
-        [f"{k} is {shapes[k]} in the file, {e.shape} in this model" for k, e in places.items() if shapes.get(k, e.shape) != e.shape]
+        [
+            f"{k} is {shapes[k]} in the file, {e.shape} in this model"
+            for k, e in places.items()
+            if shapes.get(k, e.shape) != e.shape
+        ]
         + [f"{k} is missing" for k in places if k not in shapes]
         + [f"{k} belongs to no module that the config names" for k in shapes if k not in places and k not in repeated]
         + [f"{k} differs from the base model's tensor" for k, base in repeated.items() if not _same(tensors, k, base)],
@@ -163,5 +167,3 @@ def own_method(config: dict[str, Any], where: str) -> Method:
     for part in made[1:]:
         whole = whole | part
     return whole
-
-

@@ -95,8 +95,8 @@ def method_of(config: Mapping[str, Any], where: str) -> LoRA:
     init = config.get("init_lora_weights")
     if not any(init is known or init == known for known in BASE_KEPT):
         raise CheckpointError(
-            f"{where}: init_lora_weights={init!r} changed the base model when the adapter was made, so its tensors alone "
-            "are not the adapter; save it again in peft with path_initial_model_for_weight_conversion"
+            f"{where}: init_lora_weights={init!r} changed the base model when the adapter was made, so its tensors "
+            "alone are not the adapter; save it again in peft with path_initial_model_for_weight_conversion"
         )
     unknown = {k: v for k, v in config.items() if k not in READ | NEUTRAL and v not in (None, False, {}, [], "")}
     if unknown:

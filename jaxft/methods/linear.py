@@ -44,7 +44,8 @@ def make_seams(modules: Iterable[Any]) -> None:
     """Turn a person's own linear layers into ones with the slots of ours: their class becomes a subclass."""
     for module in modules:
         if not passes_context(module) and not hasattr(module, "adapter_weights"):
-            object.__setattr__(module, "__class__", seamed(type(module)))  # nnx would note it as an attribute
+            cls: Any = type(module)
+            object.__setattr__(module, "__class__", seamed(cls))  # set by nnx, it would be an attribute
             module.delta, module.saved, module.adapter_weights = nnx.data(None), nnx.data(None), nnx.data(None)
             module.lead = kernel_shape(module)[:-2]
 
@@ -58,13 +59,13 @@ def unseam(module: Any) -> None:
 
 
 @functools.cache
-def seamed(cls: type) -> type:
+def seamed(cls: Any) -> Any:
     """Return the subclass of a person's linear class that has the seams `delta` and `saved`.
 
     Its layers hold the adapter weights themselves, since nobody passes them a context.
     """
 
-    def __call__(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:  # noqa: N807
+    def __call__(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         names = tuple(name for name, _ in self.adapter_weights.get_metadata("adapters"))
         ctx = Context(weights=self.adapter_weights.get_value(), names=names)
         y = cls.__call__(self if self.saved is None else with_copies(self, ctx), x, *args, **kwargs)

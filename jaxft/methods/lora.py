@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from .low_rank import INITS, LowRank
 from .matching import (
     Names,
     Target,
+    anything,
     by_pattern,
     check_names,
     check_pattern,
@@ -34,7 +35,7 @@ BIASES = ("none", "all", "lora_only")
 
 @dataclasses.dataclass(frozen=True)
 class LoRA(Method):
-    """`y = W x + s B A dropout(x)` with `s = alpha / r`, trained A and B; B starts at zero, so nothing changes at first.
+    """`y = W x + s B A dropout(x)` with `s = alpha / r`, trained A and B; B is zero at first, so nothing changes.
 
     Options mean what they mean in `peft.LoraConfig`, matched per layer in the same way; but whatever matches nothing
     is an error here, never a no-op.
@@ -73,7 +74,7 @@ class LoRA(Method):
     dropout: float = 0.0
     target_modules: Names = None
     exclude_modules: Names = None
-    layers: tuple[int, ...] | None = None
+    layers: Any = None
     layers_pattern: Names = None
     rank_pattern: Any = ()
     alpha_pattern: Any = ()
@@ -123,17 +124,21 @@ class LoRA(Method):
         """
         wanted = self.resolved_targets(model)
         check_names(model, "target_modules", wanted, is_linear, "linear layer")
-        check_names(model, "exclude_modules", self.exclude_modules, lambda module: True, "module")
+        check_names(model, "exclude_modules", self.exclude_modules, anything, "module")
         found = find(model, lambda name: self._accepts(name, wanted), is_linear)
         if not found:
-            limits = {"exclude_modules": self.exclude_modules, "layers": self.layers, "modules_to_save": self.modules_to_save}
+            limits = {
+                "exclude_modules": self.exclude_modules,
+                "layers": self.layers,
+                "modules_to_save": self.modules_to_save,
+            }
             said = ", ".join(f"{k}={v!r}" for k, v in limits.items() if v)
             raise SelectionError(f"LoRA: target_modules={wanted!r} with {said} leaves no module to adapt")
         if self.layers is not None:
-            present = {layer_index(name, self.layers_pattern) for t in found for name in t.names}
-            absent = sorted(set(self.layers) - present)  # type: ignore[arg-type]
+            present = {layer_index(name, self.layers_pattern) or 0 for t in found for name in t.names}
+            absent = sorted(set(self.layers) - present)
             if absent:
-                raise SelectionError(f"LoRA: layers {absent} hold no target; the layers adapted are {sorted(present)}")  # type: ignore[type-var]
+                raise SelectionError(f"LoRA: layers {absent} hold no target; the layers adapted are {sorted(present)}")
         names = [name for t in found for name in t.names]
         check_pattern("rank_pattern", self.rank_pattern, names)
         check_pattern("alpha_pattern", self.alpha_pattern, names)
@@ -171,7 +176,12 @@ class LoRA(Method):
         make_seams(t.named.module for t in targets)
         for target in targets:
             hang(target.named.module, "delta", name, self._low_rank(target, name, key))
-            log.info("%s - LoRA %r, rank %s", target.named.path, name, dict(zip(target.names, self._ranks(target), strict=True)))
+            log.info(
+                "%s - LoRA %r, rank %s",
+                target.named.path,
+                name,
+                dict(zip(target.names, self._ranks(target), strict=True)),
+            )
         self._copy_biases(model, targets, name)
         self._copy_modules(model, name)
 
@@ -184,7 +194,9 @@ class LoRA(Method):
         lead = (len(target.picks),) if target.named.stacked else tuple(stack)
         ranks, scales = zip(*(self.scale(n) for n in target.names), strict=True)
         if max(ranks) > min(width, out):
-            raise MethodError(f"LoRA: rank {max(ranks)} for {path}, whose kernel is {width} x {out}: at most {min(width, out)}")
+            raise MethodError(
+                f"LoRA: rank {max(ranks)} for {path}, whose kernel is {width} x {out}: at most {min(width, out)}"
+            )
         if self.dropout and not passes_context(module):
             raise MethodError(
                 f"LoRA: dropout={self.dropout} cannot reach {path}, a layer of your own model, which is called without "
@@ -214,8 +226,9 @@ class LoRA(Method):
             copy_leaves(target, ("bias",), name)
 
     def _copy_modules(self, model: Any, name: str) -> None:
-        for one in self.modules_to_save:
-            if not find(model, lambda n, one=one: n.endswith(one), has_leaves):
-                check_names(model, "modules_to_save", (one,), has_leaves, "module with parameters")
-        for target in find(model, self._saves, has_leaves):
+        found = find(model, self._saves, has_leaves)
+        for end in self.modules_to_save:
+            if not any(n.endswith(end) for target in found for n in target.names):
+                check_names(model, "modules_to_save", (end,), has_leaves, "module with parameters")
+        for target in found:
             copy_leaves(target, LEAVES, name, tied=getattr(model, "tied_kernel", None))

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import MethodError, SelectionError, nearest
@@ -87,7 +87,13 @@ class Target:
         return tuple(self.named.names[i] for i in self.picks)
 
 
-def find(model: Any, accept: Any, kinds: Any = lambda module: True) -> list[Target]:
+def anything(module: Any) -> bool:
+    """Accept every kind of module."""
+    del module
+    return True
+
+
+def find(model: Any, accept: Callable[[str], bool], kinds: Callable[[Any], bool] = anything) -> list[Target]:
     """Return the modules of the kinds wanted of which `accept(name)` holds for at least one layer."""
     found = []
     for n in named_modules(model):
@@ -97,7 +103,7 @@ def find(model: Any, accept: Any, kinds: Any = lambda module: True) -> list[Targ
     return found
 
 
-def check_names(model: Any, option: str, names: Names, kinds: Any, kind: str) -> None:
+def check_names(model: Any, option: str, names: Names, kinds: Callable[[Any], bool], kind: str) -> None:
     """Refuse a selection of which some part matches no module of the kinds wanted, naming the nearest."""
     if names is None:
         return

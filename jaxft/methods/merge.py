@@ -101,7 +101,7 @@ def _kernel_change(n: Named, ctx: Context) -> jax.Array | None:
 
 
 def _add_to_kernel(module: Any, change: jax.Array, tied: jax.Array | None) -> None:
-    kernel = tied if module.kernel is None else module.kernel.get_value()
+    kernel: Any = tied if module.kernel is None else module.kernel.get_value()
     put(module, "kernel", (kernel.astype(jnp.float32) + change).astype(kernel.dtype))
 
 
@@ -110,7 +110,8 @@ def _merge_copies(n: Named, ctx: Context, tied: jax.Array | None) -> None:
         copies = spread(held, len(n.names))
         for leaf, copy in vars(copies).items():
             if isinstance(copy, nnx.Param):
-                own, value, gate = getattr(n.module, leaf, None), copy.get_value(), copies.gate.get_value()
+                own: Any = getattr(n.module, leaf, None)
+                value, gate = copy.get_value(), copies.gate.get_value()
                 base = own.get_value() if own is not None else tied if leaf == "kernel" else None
                 weight = ctx.weight(name) * gate.reshape(*gate.shape, *(1,) * (value.ndim - gate.ndim))
                 put(n.module, leaf, mix(base, value, weight).astype(value.dtype if base is None else base.dtype))
@@ -118,7 +119,7 @@ def _merge_copies(n: Named, ctx: Context, tied: jax.Array | None) -> None:
 
 def _untied(model: Any) -> Any:
     """Write it down in the config where a tied head has got a kernel of its own."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and model.lm_head.kernel is not None:
         model.config = config.replace(tie_word_embeddings=False)
     return model

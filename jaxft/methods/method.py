@@ -9,7 +9,7 @@ from flax import nnx
 
 from ..errors import MethodError
 from ..models.causal import CausalLM
-from ..models.names import is_variable, variables
+from ..models.names import variables
 from ..models.seams import SLOTS, AdapterWeights, Delta
 from .linear import unseam
 
@@ -157,12 +157,14 @@ def register(model: Any, name: str, method: Method) -> None:
     """Give a model the weight of a new adapter, if something was attached under its name."""
     if not any(owner(path) == name for path in variables(model)):
         return
-    holders = [model, *(m for _, m in nnx.iter_modules(model) if m is not model and hasattr(m, "adapter_weights"))]
+    holders: list[Any] = [
+        model,
+        *(m for _, m in nnx.iter_modules(model) if m is not model and hasattr(m, "adapter_weights")),
+    ]
     for holder in holders:
-        old = getattr(holder, "adapter_weights", None)
+        old: Any = getattr(holder, "adapter_weights", None)
         known = () if old is None else old.get_metadata("adapters")
-        lead = getattr(holder, "lead", ())
-        weights = jnp.zeros((*lead, 0)) if old is None else old.get_value()
+        weights = jnp.zeros((*getattr(holder, "lead", ()), 0)) if old is None else old.get_value()
         weights = jnp.concatenate([weights, jnp.ones((*weights.shape[:-1], 1))], -1)
         holder.adapter_weights = nnx.data(AdapterWeights(weights, adapters=(*known, (name, method))))
 
@@ -181,14 +183,15 @@ def detach(model: Any, name: str) -> Any:
     if name not in adapters(model):
         raise MethodError(f"no adapter {name!r}; the model has {sorted(adapters(model)) or 'none'}")
     fresh = copy_tree(model)
-    for _, module in list(nnx.iter_modules(fresh)):
+    modules: list[Any] = [module for _, module in nnx.iter_modules(fresh)]
+    for module in modules:
         for slot in SLOTS:
             hung = getattr(module, slot, None)
             if isinstance(hung, nnx.Dict) and name in hung:
                 rest = {k: v for k, v in hung.items() if k != name}
                 setattr(module, slot, nnx.Dict(rest) if rest else nnx.data(None))
-        weights = getattr(module, "adapter_weights", None)
-        if is_variable(weights):
+        weights: Any = getattr(module, "adapter_weights", None)
+        if isinstance(weights, AdapterWeights):
             known = weights.get_metadata("adapters")
             keep = [i for i, (n, _) in enumerate(known) if n != name]
             left = tuple(known[i] for i in keep)

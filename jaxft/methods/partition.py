@@ -29,10 +29,11 @@ def attached(model: Any, method: Method | None, *, name: str = "default", seed: 
         MethodError: The adapter that is there is not the one that the method describes.
     """
     there = adapters(model).get(name)
-    if method is None and there is None:
-        raise MethodError(f"no method given, and the model carries no adapter {name!r}; it has {sorted(adapters(model))}")
     if there is None:
-        return attach(model, method, name=name, seed=seed)  # type: ignore[arg-type]
+        if method is None:
+            has = sorted(adapters(model)) or "none"
+            raise MethodError(f"no method given, and the model carries no adapter {name!r}; it has {has}")
+        return attach(model, method, name=name, seed=seed)
     if method is None or method == there:
         return model
     return _readopt(model, method, name)
@@ -75,8 +76,8 @@ def trainable_mask(model: Any, method: Method, *, name: str = "default", seed: i
     """Return a pytree of booleans with the structure of the attached model, as `optax.masked` takes it.
 
     `optax.masked` hands the gradients of masked-out leaves on as they are, so pair it with `set_to_zero`:
-    `optax.multi_transform({True: tx, False: optax.set_to_zero()}, lambda params: mask)`. (The lambda, since the mask has
-    the model's own type, and optax takes labels that can be called for a function.)
+    `optax.multi_transform({True: tx, False: optax.set_to_zero()}, lambda params: mask)`. (The lambda, since the mask
+    has the model's own type, and optax takes labels that can be called for a function.)
 
     Args:
         model: A model; the method is attached where the name is not there yet.

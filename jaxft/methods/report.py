@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from ..models.names import variables
+from ..models.names import dotted, variables
 from .low_rank import LowRank
 from .method import Method
 from .partition import partition
@@ -77,8 +77,8 @@ def _counts(part: Any) -> dict[str, int]:
         value = v.get_value()
         if isinstance(v, nnx.Param) and value is not None:
             counts[path] = math.prod(value.shape)
-    for path, module in nnx.iter_modules(part):
+    for place, module in nnx.iter_modules(part):
         if isinstance(module, LowRank) and module.a.get_value() is not None:
-            dotted = ".".join(map(str, path))
-            counts[f"{dotted}.a"], counts[f"{dotted}.b"] = module.parameter_counts()
+            at = dotted(place)
+            counts[f"{at}.a"], counts[f"{at}.b"] = module.parameter_counts()
     return counts

@@ -1,4 +1,4 @@
-"""How much each named adapter counts: switching, stacking, weighting and disabling are values, so nothing recompiles."""
+"""How much each named adapter counts: switching, stacking, weighting, disabling are values; nothing recompiles."""
 
 from collections.abc import Mapping
 from typing import Any

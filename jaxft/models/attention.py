@@ -30,8 +30,8 @@ def attend(
     drops = key is not None and rate > 0
     if jax.default_backend() == "cpu" or drops:
         return heads_first(q, k, v, mask, rate=rate, key=key)
-    time_first = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.nn.dot_product_attention(*time_first, mask=mask).swapaxes(1, 2)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask).swapaxes(1, 2)
 
 
 def heads_first(
@@ -73,7 +73,7 @@ def causal_mask(
 
 
 def default_positions(
-    shape: tuple[int, int], attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
+    shape: tuple[int, ...], attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
 ) -> jax.Array:
     """Return `[B, T]` positions: counted from each segment's start, else over real tokens, else from the left.
 

@@ -29,7 +29,7 @@ class CausalLM(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        self.adapter_weights = nnx.data(None)
+        self.adapter_weights: Any = nnx.data(None)
 
     @property
     def dtype(self) -> Any:
@@ -65,11 +65,11 @@ class CausalLM(nnx.Module):
             position_ids = default_positions(input_ids.shape, attention_mask, segment_ids)
         mask = causal_mask(input_ids.shape[1], attention_mask, segment_ids)
         ctx = self.context(len(input_ids), key, mask=mask, positions=position_ids)
-        return self.backbone(input_ids, ctx, None)[0]  # type: ignore[no-any-return]
+        return self.backbone(input_ids, ctx, None)[0]
 
     def head(self, hidden: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Map `[B, T, D]` to logits `[B, T, V]`."""
-        return self.lm_head(hidden, self.context(len(hidden), key), self.tied_kernel())  # type: ignore[no-any-return]
+        return self.lm_head(hidden, self.context(len(hidden), key), self.tied_kernel())
 
     def tied_kernel(self) -> jax.Array | None:
         """Return the kernel `[D, V]` that a head without one of its own calls: the embedding, transposed."""

@@ -11,6 +11,7 @@ from ..errors import CheckpointError
 from .layers import ACTIVATIONS
 
 REMATS = ("none", "full")
+FLOAT32 = jnp.dtype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     tie_word_embeddings: bool
-    dtype: Any = jnp.dtype(jnp.float32)
+    dtype: Any = FLOAT32
     remat: str = "none"
     stop_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
     source: str = dataclasses.field(default="", compare=False)
@@ -41,7 +42,7 @@ class ModelConfig:
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Return the family's own fields, read from a `config.json`; refuse what the family cannot compute."""
-        raise TypeError(f"{cls.__name__} is abstract: a family says how its config.json is read")
+        raise TypeError(f"{cls.__name__} is abstract: a family says how {raw.get('model_type')!r} is read")
 
     @classmethod
     def from_raw(cls, raw: Mapping[str, Any], **more: Any) -> Self:

@@ -72,7 +72,8 @@ class GPT2Attention(nnx.Module):
         """Map `[B, T, D]` to `[B, T, D]`, reading and writing the cache where there is one."""
         b, t, d = x.shape
         c = self.config
-        assert ctx.mask is not None and ctx.layer is not None
+        assert ctx.mask is not None
+        assert ctx.layer is not None
         parts = jnp.split(self.c_attn(x, ctx), 3, -1)
         q, k, v = (y.reshape(b, t, c.num_attention_heads, c.head_dim).swapaxes(1, 2) for y in parts)
         if not c.scale_attn_weights:

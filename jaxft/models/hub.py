@@ -29,7 +29,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and model.safetensors")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=NEEDED))
@@ -61,7 +61,9 @@ def read_config(folder: Path, *, dtype: Any = jnp.float32, remat: str = "none", 
     if family is None:
         known = ", ".join(FAMILIES)
         what = "an adapter: load its base model, then jaxft.load_adapter" if "peft_type" in raw else "not supported"
-        raise CheckpointError(f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is {what}; there are {known}")
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is {what}; there are {known}"
+        )
     config = family.config_class.from_raw(raw, dtype=jnp.dtype(dtype), remat=remat, source=source or str(folder))
     if (folder / "generation_config.json").is_file():
         more = token_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
@@ -71,16 +73,20 @@ def read_config(folder: Path, *, dtype: Any = jnp.float32, remat: str = "none", 
 
 def abstract_model(config: Any) -> CausalLM:
     """Return the model of a config with shapes for arrays: no memory, no weights."""
-    family = next(f for f in FAMILIES.values() if f.config_class is type(config))
-    model = jax.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg, arg-type]
+    family: Any = next(f for f in FAMILIES.values() if f.config_class is type(config))
+    model = jax.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
     shaped = lambda s: jax.ShapeDtypeStruct(s.shape, config.dtype)  # noqa: E731
-    return jax.tree.map(shaped, model)  # type: ignore[no-any-return]
+    return jax.tree.map(shaped, model)
 
 
-def load_model(folder: Path, *, dtype: Any = None, remat: str = "none", abstract: bool = False, source: str = "") -> CausalLM:
+def load_model(
+    folder: Path, *, dtype: Any = None, remat: str = "none", abstract: bool = False, source: str = ""
+) -> CausalLM:
     """Read a checkpoint folder into its family's model. Arguments, result and errors as of `jaxft.load`."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is an adapter: load its base model, then jaxft.load_adapter(model, {str(folder)!r})")
+        raise CheckpointError(
+            f"{folder} is an adapter: load its base model, then jaxft.load_adapter(model, {str(folder)!r})"
+        )
     config = read_config(folder, remat=remat, source=source)
     if abstract:
         declared = config_dtype(json.loads(config.raw)) if dtype is None else jnp.dtype(dtype)
@@ -126,7 +132,9 @@ def fill(model: CausalLM, tensors: Tensors) -> None:
         sources = [on_disk[f"{name}.{LEAF_NAMES[leaf]}"] for name in named.names]
         variable.set_value(assemble(tensors, sources, variable))
         if not bool(_all_finite(variable.get_value())):
-            poisoned += [f"{s} has {n} values that are NaN or infinite" for s in sources if (n := tensors.non_finite(s))]
+            poisoned += [
+                f"{s} has {n} values that are NaN or infinite" for s in sources if (n := tensors.non_finite(s))
+            ]
     refuse(CheckpointError, f"{tensors.folder}: damaged weights; export or download the checkpoint again", poisoned)
 
 

@@ -92,7 +92,7 @@ class Embed(nnx.Module):
 
     def __init__(self, size: int, features: int, *, axes: tuple[str, str] = ("vocab", "embed"), rngs: nnx.Rngs):
         self.embedding = nnx.Param(normal(rngs, (size, features)), axes=axes)
-        self.saved = nnx.data(None)
+        self.saved: Any = nnx.data(None)
 
     def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
         """Look ids `[B, T]` up: `[B, T, D]`. Copies are mixed after the look-up, so a row may have its own."""

@@ -71,7 +71,9 @@ class LlamaAttention(nnx.Module):
     def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """Map `[B, T, D]` to `[B, T, D]`, reading and writing the cache where there is one."""
         b, t, _ = x.shape
-        assert ctx.mask is not None and ctx.rope is not None and ctx.layer is not None
+        assert ctx.mask is not None
+        assert ctx.rope is not None
+        assert ctx.layer is not None
 
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(b, t, -1, self.config.head_dim).swapaxes(1, 2)

@@ -42,15 +42,17 @@ class Rope:
         given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in ("default", "linear", "llama3"):
-            raise CheckpointError(f"config.json: rope type {kind!r} is not supported; there are default, linear, llama3")
+            raise CheckpointError(
+                f"config.json: rope type {kind!r} is not supported; there are default, linear, llama3"
+            )
         theta = float(given.get("rope_theta", raw.get("rope_theta", cls.theta)))
         if kind == "default":
             return cls(theta)
         if kind == "linear":
             return cls(theta, kind, float(given["factor"]))
         original = given.get("original_max_position_embeddings", raw.get("max_position_embeddings", cls.original))
-        factors = (float(given[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        return cls(theta, kind, *factors, original=int(original))
+        factor, low, high = (float(given[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        return cls(theta, kind, factor, low, high, int(original))
 
     def frequencies(self, head_dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Return `[head_dim / 2]` frequencies, in radians a position."""

@@ -68,7 +68,7 @@ class Tensors:
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """Read one tensor."""
-        return self._owner[name].get_tensor(name)  # type: ignore[no-any-return]
+        return self._owner[name].get_tensor(name)
 
     def non_finite(self, name: str) -> int:
         """Count the values of one tensor that are NaN or infinite."""

@@ -49,18 +49,18 @@ def values(tree: Any) -> dict[str, np.ndarray[Any, Any]]:
 @partial(jax.jit, static_argnums=0)
 def summed_loss(loss: Any, model: Any, batch: Batch) -> jax.Array:
     """Return the loss of a model without dropout, summed over what is trained."""
-    return loss(model, batch, key=None)[0]  # type: ignore[no-any-return]
+    return loss(model, batch, key=None)[0]
 
 
 def gradients(state: TrainState, batch: Batch, loss: Any) -> dict[str, jax.Array]:
     """Return the gradient of the summed loss in every trained leaf, by path."""
-    return _gradients(loss, leaves(state.trainable), state.trainable, state.frozen, batch)  # type: ignore[no-any-return]
+    return _gradients(loss, leaves(state.trainable), state.trainable, state.frozen, batch)
 
 
 @partial(jax.jit, static_argnums=0)
 @partial(jax.grad, argnums=1)
 def _gradients(loss: Any, params: dict[str, jax.Array], trainable: Any, frozen: Any, batch: Batch) -> jax.Array:
-    return loss(combine(with_leaves(trainable, params), frozen), batch, key=None)[0]  # type: ignore[no-any-return]
+    return loss(combine(with_leaves(trainable, params), frozen), batch, key=None)[0]
 
 
 step_of = cache(make_train_step)
@@ -95,11 +95,14 @@ def law_frozen(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) ->
     state = TrainState.create(model, method, ADAMW)
     frozen, start = values(state.frozen), values(state.trainable)
     step = step_of(loss)
-    for _ in range(2):
+    for _step in range(2):
         state, metrics = step(state, batch)
     assert int(metrics["skipped"]) == 0, "the steps were skipped"
     assert any((start[path] != v).any() for path, v in values(state.trainable).items()), "nothing was trained"
-    for name, was, now in (("the caller's", before, values(model)), ("the frozen part's", frozen, values(state.frozen))):
+    for name, was, now in (
+        ("the caller's", before, values(model)),
+        ("the frozen part's", frozen, values(state.frozen)),
+    ):
         assert was.keys() == now.keys()
         for path in was:
             assert np.array_equal(was[path], now[path]), f"{name} {path} changed"
@@ -126,7 +129,7 @@ def law_differentiated(method: Method, model: Any, batch: Batch, loss: Any, **_:
     state = TrainState.create(model, method, SGD)
 
     def total(params: dict[str, jax.Array]) -> jax.Array:
-        return loss(combine(with_leaves(state.trainable, params), state.frozen), batch, key=None)[0]  # type: ignore[no-any-return]
+        return loss(combine(with_leaves(state.trainable, params), state.frozen), batch, key=None)[0]
 
     params = leaves(state.trainable)
     jaxpr = jax.make_jaxpr(jax.grad(total))(params)
@@ -143,7 +146,9 @@ def _products(jaxpr: Any) -> list[tuple[int, ...]]:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             shapes.append(tuple(eqn.outvars[0].aval.shape))
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 shapes += _products(inner)

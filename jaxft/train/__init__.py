@@ -1,0 +1,1 @@
+"""The state, the batch and the step of training."""

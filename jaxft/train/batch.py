@@ -26,7 +26,9 @@ def check_batch(batch: Mapping[str, Any], accumulate: int = 1) -> None:
         BatchError: Everything that is wrong, at once.
     """
     if not isinstance(batch, Mapping) or not batch:
-        raise BatchError(f"a batch is a dict of arrays, this is {type(batch).__name__}: give input_ids and labels [B, T]")
+        raise BatchError(
+            f"a batch is a dict of arrays, this is {type(batch).__name__}: give input_ids and labels [B, T]"
+        )
     refuse(BatchError, "a batch that cannot be trained on", list(_problems(batch, accumulate)))
 
 
@@ -49,9 +51,9 @@ def _problems(batch: Mapping[str, Any], accumulate: int) -> Any:
     if n is not None and n % accumulate:
         yield f"{n} rows do not divide into accumulate={accumulate} micro-batches"
     labels = batch.get("labels")
-    if labels is not None and len(shapes["labels"]) == 2 and _on_host(labels):
-        if not bool((np.asarray(labels)[:, 1:] != IGNORED).any()):
-            yield "every label is -100 (the first of a row does not count): no token is trained"
+    looked_at = labels is not None and len(shapes["labels"]) == 2 and _on_host(labels)
+    if looked_at and not bool((np.asarray(labels)[:, 1:] != IGNORED).any()):
+        yield "every label is -100 (the first of a row does not count): no token is trained"
 
 
 def _on_host(x: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ..errors import BatchError
@@ -14,6 +15,7 @@ from ..models.names import variables
 from .batch import check_batch
 from .state import TrainState
 
+TINY = float(np.finfo(np.float32).tiny)  # 0 / TINY = 0 where nothing was trained
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 
@@ -112,14 +114,14 @@ def train_step(
 
     (total, sums), grads = over_micro_batches(jax.value_and_grad(summed, has_aux=True), params, batch, key, accumulate)
     weight = sums["weight"]
-    some = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)  # nothing trained: 0 / tiny = 0, and the old state is kept
+    some = jnp.maximum(weight, TINY)
     mean, grads = total / some, jax.tree.map(lambda g: g / some.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
     updates, new_opt = optax.with_extra_args_support(tx).update(grads, opt_state, params, value=mean)
     new = optax.apply_updates(params, updates)
     good = (weight > 0) & jnp.isfinite(mean) & jnp.isfinite(norm) & finite(new)
     keep: Callable[[Any, Any], Any] = partial(jax.tree.map, partial(jnp.where, good))
-    metrics = {name: a / jnp.maximum(b, jnp.finfo(jnp.float32).tiny) for name, (a, b) in sums["extra"].items()}
+    metrics = {name: a / jnp.maximum(b, TINY) for name, (a, b) in sums["extra"].items()}
     metrics |= {"loss": mean, "grad_norm": norm, "trained_tokens": weight, "skipped": 1 - good.astype(jnp.int32)}
     return step + 1, with_leaves(trainable, keep(new, params)), keep(new_opt, opt_state), metrics
 

@@ -73,7 +73,7 @@ def test_remat_jit_and_loop_agree(family, method, monkeypatch):
 
     def loop(body, carry, xs):
         for i in range(len(jax.tree.leaves(xs)[0])):
-            carry, _ = body(carry, jax.tree.map(lambda a: a[i], xs))
+            carry, _ = body(carry, jax.tree.map(lambda a, i=i: a[i], xs))
         return carry, None
 
     others = {"remat": gradients(rematted, batch, loss)}
@@ -95,7 +95,9 @@ def test_a_union_is_one_after_the_other(family):
     b = jaxft.LoRA(r=3, target_modules=("c_fc",) if family == "gpt2" else ("up_proj",))
     union = jaxft.attach(MODELS[family](), a | b)
     apart = jaxft.attach(jaxft.attach(MODELS[family](), a, name="a"), b, name="b")
-    paths = [{p.replace(".a.", ".default.").replace(".b.", ".default.") for p in jaxft.leaves(m)} for m in (union, apart)]
+    paths = [
+        {p.replace(".a.", ".default.").replace(".b.", ".default.") for p in jaxft.leaves(m)} for m in (union, apart)
+    ]
     assert paths[0] == paths[1]
     trained = set(jaxft.leaves(jaxft.partition(union, a | b)[0]))
     assert trained == {p for m in (a, b) for p in jaxft.leaves(jaxft.partition(MODELS[family](), m)[0])}
@@ -133,7 +135,9 @@ class Dead(jaxft.LoRA):
         delta.gate.set_value(0 * delta.gate.get_value())
 
 
-@pytest.mark.parametrize(("broken", "law"), [(Leaky(r=2), "off|saved"), (Loud(r=2), "step_0"), (Dead(r=2), "gradients")])
+@pytest.mark.parametrize(
+    ("broken", "law"), [(Leaky(r=2), "off|saved"), (Loud(r=2), "step_0"), (Dead(r=2), "gradients")]
+)
 def test_the_laws_can_fail(broken, law):
     with pytest.raises(AssertionError, match=law):
         check_method(broken, tiny_llama(), count=448 if law == "off|saved" else None)

@@ -63,7 +63,9 @@ def test_packed_rows_are_the_rows_alone():
 def test_an_attention_mask_narrows_the_segments():
     model = tiny_llama()
     segments = [[1, 1, 1, 2, 2, 2]]
-    both = next_token_loss(model, batch([[5, 6, 7, 8, 9, 3]], segment_ids=segments, attention_mask=[[1, 1, 1, 1, 1, 0]]))
+    both = next_token_loss(
+        model, batch([[5, 6, 7, 8, 9, 3]], segment_ids=segments, attention_mask=[[1, 1, 1, 1, 1, 0]])
+    )
     short = next_token_loss(model, batch([[5, 6, 7, 8, 9]], segment_ids=[[1, 1, 1, 2, 2]]))
     assert both[1] == short[1] == 3
     np.testing.assert_allclose(both[0], short[0], rtol=1e-6)

@@ -29,7 +29,10 @@ def adapted(model, method):
         ({"r": 4, "target_modules": ("q_proj",), "rank_pattern": {r"layers\.0\..*": 1}}, (1 + 4) * 64),
         ({"r": 2, "target_modules": ("lm_head",)}, 2 * (32 + 64)),
         ({"r": 2, "target_modules": ("q_proj",), "modules_to_save": ("norm",)}, 2 * 2 * 64 + 5 * 32),
-        ({"r": 2, "target_modules": ("q_proj",), "modules_to_save": ("lm_head", "embed_tokens")}, 2 * 2 * 64 + 2 * 64 * 32),
+        (
+            {"r": 2, "target_modules": ("q_proj",), "modules_to_save": ("lm_head", "embed_tokens")},
+            2 * 2 * 64 + 2 * 64 * 32,
+        ),
     ],
 )
 def test_counts_by_the_formula(options, count):
@@ -41,10 +44,17 @@ def test_which_modules():
     model = tiny_llama()
     every = adapted(model, jaxft.LoRA(target_modules="all-linear"))
     assert len(every) == 14 and "lm_head" not in every
-    assert adapted(model, jaxft.LoRA(target_modules=("self_attn.q_proj",))) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
-    assert adapted(model, jaxft.LoRA(target_modules=("layers.1.mlp.up_proj", "lm_head"))) == {"model.layers.1.mlp.up_proj", "lm_head"}
+    assert adapted(model, jaxft.LoRA(target_modules=("self_attn.q_proj",))) == {
+        f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)
+    }
+    assert adapted(model, jaxft.LoRA(target_modules=("layers.1.mlp.up_proj", "lm_head"))) == {
+        "model.layers.1.mlp.up_proj",
+        "lm_head",
+    }
     some = jaxft.LoRA(target_modules=r".*\.0\..*_proj", exclude_modules=("mlp.up_proj", "gate_proj"))
-    assert adapted(model, some) == {f"model.layers.0.{n}_proj" for n in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.down")}
+    assert adapted(model, some) == {
+        f"model.layers.0.{n}_proj" for n in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.down")
+    }
     assert adapted(tiny_gpt2(), jaxft.LoRA()) == {"transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"}
 
 
@@ -168,7 +178,11 @@ def test_all_wrong_options_at_once():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"target_modules": ("q_prj",)}, jaxft.SelectionError, r"target_modules='q_prj' matches no linear layer .* nearest: 'q_proj'"),
+        (
+            {"target_modules": ("q_prj",)},
+            jaxft.SelectionError,
+            r"target_modules='q_prj' matches no linear layer .* nearest: 'q_proj'",
+        ),
         ({"target_modules": ("q_proj", "query")}, jaxft.SelectionError, "target_modules='query'"),
         ({"target_modules": ".*query"}, jaxft.SelectionError, r"target_modules='\.\*query'"),
         ({"target_modules": "(q"}, jaxft.MethodError, "is not a regular expression"),
@@ -177,10 +191,18 @@ def test_all_wrong_options_at_once():
         ({"exclude_modules": ("q_proj", "v_proj")}, jaxft.SelectionError, "leaves no module to adapt"),
         ({"layers": (7,), "target_modules": ("q_proj",)}, jaxft.SelectionError, "leaves no module to adapt"),
         ({"layers": (0, 7), "target_modules": ("q_proj",)}, jaxft.SelectionError, r"layers \[7\] hold no target"),
-        ({"rank_pattern": {"k_proj": 2}}, jaxft.SelectionError, "rank_pattern key 'k_proj' matches no module that is adapted"),
+        (
+            {"rank_pattern": {"k_proj": 2}},
+            jaxft.SelectionError,
+            "rank_pattern key 'k_proj' matches no module that is adapted",
+        ),
         ({"alpha_pattern": {"o_prj": 2}}, jaxft.SelectionError, "alpha_pattern key 'o_prj'"),
         ({"modules_to_save": ("scores",)}, jaxft.SelectionError, "modules_to_save='scores' matches no module"),
-        ({"r": 17}, jaxft.MethodError, "rank 17 for model.layers.self_attn.v_proj, whose kernel is 32 x 16: at most 16"),
+        (
+            {"r": 17},
+            jaxft.MethodError,
+            "rank 17 for model.layers.self_attn.v_proj, whose kernel is 32 x 16: at most 16",
+        ),
         ({"bias": "lora_only"}, jaxft.MethodError, "no module that it means has a bias"),
     ],
 )

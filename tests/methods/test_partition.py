@@ -83,7 +83,9 @@ def test_a_method_that_trains_nothing():
 def test_selections():
     model = jaxft.attach(tiny_llama(), jaxft.LoRA(r=2))
     assert jaxft.select(model, "model.layers.1.mlp.up_proj.weight") == ["model.layers.mlp.up_proj.kernel"]
-    assert jaxft.select(model, "*.layers.*.mlp.*_proj") == [f"model.layers.mlp.{n}_proj.kernel" for n in ("down", "gate", "up")]
+    assert jaxft.select(model, "*.layers.*.mlp.*_proj") == [
+        f"model.layers.mlp.{n}_proj.kernel" for n in ("down", "gate", "up")
+    ]
     assert len(jaxft.select(model, Delta)) == len(jaxft.select(model, "*.delta.default.[ab]")) == 4
     assert jaxft.select(model, re.compile(r"model\.norm\.scale$")) == ["model.norm.scale"]
     assert jaxft.select(model, "lm_head", "model.norm") == ["lm_head.kernel", "model.norm.scale"]

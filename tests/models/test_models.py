@@ -104,7 +104,9 @@ def test_layers_drop_out_differently():
     """Each layer of the scan has a key of its own."""
     ctx = jaxft.models.seams.Context(key=jax.random.key(0))
     masks = [
-        jaxft.models.layers.dropout(jnp.ones(64), 0.5, ctx.at_layer(jnp.int32(i)).key_for(n)) for i in (0, 1) for n in (0, 1)
+        jaxft.models.layers.dropout(jnp.ones(64), 0.5, ctx.at_layer(jnp.int32(i)).key_for(n))
+        for i in (0, 1)
+        for n in (0, 1)
     ]
     assert len({tuple(m.tolist()) for m in masks}) == 4
     assert all(set(m.tolist()) == {0.0, 2.0} for m in masks)

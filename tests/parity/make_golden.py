@@ -1,6 +1,6 @@
 """Write the golden files: tiny checkpoints and adapters as the peers save them, and what the peers compute.
 
-    .venv-parity/bin/python tests/parity/make_golden.py
+.venv-parity/bin/python tests/parity/make_golden.py
 """
 
 import shutil
@@ -55,7 +55,11 @@ def main():
             ranks[name] = peers.ranks_and_scales(adapted)
             if name == "all":
                 merged = adapted.merge_and_unload()
-                expected |= {f"merged {n}": p.detach().numpy() for n, p in merged.named_parameters() if "layers.1" in n or "h.1." in n}
+                expected |= {
+                    f"merged {n}": p.detach().numpy()
+                    for n, p in merged.named_parameters()
+                    if "layers.1" in n or "h.1." in n
+                }
         if base == "gpt2":
             expected |= {f"bias step {n}": b for n, b in peers.bias_step(peers.base_model(base)).items()}
         save_file({k: np.ascontiguousarray(v) for k, v in expected.items()}, folder / "expected.safetensors")

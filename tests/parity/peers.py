@@ -21,11 +21,15 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 def llama(**more):
     base = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.LlamaConfig(**{**base, **SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 128, **more})
+    return transformers.LlamaConfig(
+        **{**base, **SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 128, **more}
+    )
 
 
 def gpt2(**more):
-    return transformers.GPT2Config(**{**SHAPE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, **NO_DROPOUT, **more})
+    return transformers.GPT2Config(
+        **{**SHAPE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, **NO_DROPOUT, **more}
+    )
 
 
 BASES = {
@@ -97,7 +101,9 @@ def adapted(base, options, adapter_name="default", model=None):
         model = peft.get_peft_model(base_model(base), config, adapter_name=adapter_name)
     else:
         model.add_adapter(adapter_name, config)
-    mine = [p for n, p in sorted(model.named_parameters()) if f".{adapter_name}." in n or (p.requires_grad and "bias" in n)]
+    mine = [
+        p for n, p in sorted(model.named_parameters()) if f".{adapter_name}." in n or (p.requires_grad and "bias" in n)
+    ]
     roughen(mine, 0.1, seed=len(adapter_name))
     return model.eval()
 

@@ -77,7 +77,16 @@ def test_written_again(name, adapter, tmp_path):
     for key in ours:
         assert np.array_equal(ours[key], theirs[key]), key
     config, was = (json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path, GOLDEN / name / adapter))
-    for key in ("r", "lora_alpha", "bias", "use_rslora", "fan_in_fan_out", "task_type", "rank_pattern", "alpha_pattern"):
+    for key in (
+        "r",
+        "lora_alpha",
+        "bias",
+        "use_rslora",
+        "fan_in_fan_out",
+        "task_type",
+        "rank_pattern",
+        "alpha_pattern",
+    ):
         assert config[key] == was[key], key
     assert set(config) <= set(was)
 

@@ -31,7 +31,10 @@ METHODS = {
         "head": jaxft.LoRA(r=4, target_modules=("lm_head", "v_proj")),
         "saved": jaxft.LoRA(r=4, modules_to_save=("embed_tokens",)),
     },
-    "llama-biased": {"all": jaxft.LoRA(r=4, bias="all"), "only": jaxft.LoRA(r=4, bias="lora_only", layers=1, target_modules=("q_proj",))},
+    "llama-biased": {
+        "all": jaxft.LoRA(r=4, bias="all"),
+        "only": jaxft.LoRA(r=4, bias="lora_only", layers=1, target_modules=("q_proj",)),
+    },
     "gpt2": {
         "default": jaxft.LoRA(),
         "all": jaxft.LoRA(r=4, target_modules="all-linear", bias="all"),
@@ -136,7 +139,9 @@ def test_initial_values_are_drawn_as_the_reference_draws_them():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(peers.llama(**wide))
         config = peft.LoraConfig(r=8, init_lora_weights=key, target_modules=["q_proj"])
-        theirs = torch.stack([m.lora_A["default"].weight for m in peft.get_peft_model(model, config).modules() if hasattr(m, "lora_A")])
+        theirs = torch.stack(
+            [m.lora_A["default"].weight for m in peft.get_peft_model(model, config).modules() if hasattr(m, "lora_A")]
+        )
         ours = jaxft.attach(jaxft.testing.tiny_llama(**wide), jaxft.LoRA(r=8, init=init, target_modules=("q_proj",)))
         a, b = jaxft.leaves(jaxft.partition(ours, jaxft.LoRA(r=8, init=init, target_modules=("q_proj",)))[0]).values()
         assert not b.any() and a.size == theirs.numel()

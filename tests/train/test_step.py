@@ -159,7 +159,14 @@ def test_all_randomness_is_the_root_folded_with_the_step(step):
     def run(seed, first=0):
         state = state_of(jaxft.LoRA(r=2, dropout=0.3), model=model, seed=0)
         state = state.replace(key=jax.random.key(seed), step=jnp.int32(first))
-        return [float(step(state_of(jaxft.LoRA(r=2, dropout=0.3), model=model).replace(key=state.key, step=jnp.int32(n)), BATCH)[1]["loss"]) for n in range(first, first + 3)]
+        return [
+            float(
+                step(
+                    state_of(jaxft.LoRA(r=2, dropout=0.3), model=model).replace(key=state.key, step=jnp.int32(n)), BATCH
+                )[1]["loss"]
+            )
+            for n in range(first, first + 3)
+        ]
 
     assert run(0) == run(0)
     assert run(0)[1:] == run(0, 1)[:2]
@@ -232,13 +239,19 @@ BAD = {
     "not a dict": ([1], "a batch is a dict of arrays, this is list"),
     "empty": ({}, "a batch is a dict of arrays"),
     "rows": ({**BATCH, "labels": BATCH["labels"][:2]}, "the first axis is the rows"),
-    "tokens": ({**BATCH, "labels": BATCH["labels"][:, :5]}, r"must have one shape, but input_ids is \(3, 12\), labels is \(3, 5\)"),
+    "tokens": (
+        {**BATCH, "labels": BATCH["labels"][:, :5]},
+        r"must have one shape, but input_ids is \(3, 12\), labels is \(3, 5\)",
+    ),
     "mask": ({**BATCH, "attention_mask": np.ones((3, 11))}, r"attention_mask is \(3, 11\)"),
     "scalar": ({**BATCH, "temperature": np.float32(1)}, "the first axis is the rows"),
     "flat": ({k: v[:, 0] for k, v in BATCH.items()}, r"input_ids is \(3,\); it must be \[rows, tokens\]"),
     "floats": ({**BATCH, "input_ids": np.ones((3, 12))}, "input_ids is float64; token ids are integers"),
     "untrained": ({**BATCH, "labels": np.full((3, 12), -100)}, "every label is -100"),
-    "first only": ({**BATCH, "labels": np.where(np.arange(12) == 0, 5, -100) * np.ones((3, 1), int)}, "every label is -100"),
+    "first only": (
+        {**BATCH, "labels": np.where(np.arange(12) == 0, 5, -100) * np.ones((3, 1), int)},
+        "every label is -100",
+    ),
 }
 
 
