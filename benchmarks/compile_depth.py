@@ -52,9 +52,8 @@ def main():
             + " |"
         )
     ratios = [(b[0] + b[1]) / (a[0] + a[1]) for a, b in zip(rows[4], rows[32], strict=True)]
-    print(
-        f"\nratio 32 / 4 layers, trace and compile: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"\nratio 32 / 4 layers, trace and compile: {spread}")
 
 
 if __name__ == "__main__":

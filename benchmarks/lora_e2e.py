@@ -1,4 +1,4 @@
-"""LoRA on E2E NLG: python benchmarks/lora_e2e.py MODEL TRAIN.csv DEV.csv SEED OUTPUT; held-out loss before and after."""
+"""LoRA on E2E NLG: lora_e2e.py MODEL TRAIN.csv DEV.csv SEED OUTPUT; held-out loss before and after."""
 
 import csv
 import sys
@@ -22,14 +22,14 @@ def examples(file, limit=256):
 
 def batch(rows, multiple=64):
     width = -(-max(len(ids) for ids, _ in rows) // multiple) * multiple
-    pad = lambda row, fill: np.array(row + [fill] * (width - len(row)), np.int32)  # noqa: E731
+    pad = lambda row, fill: np.array(row + [fill] * (width - len(row)), np.int32)
     arrays = [(pad(ids, 0), pad(labels, -100), pad([1] * len(ids), 0)) for ids, labels in rows]
     return dict(zip(("input_ids", "labels", "attention_mask"), map(np.stack, zip(*arrays, strict=True)), strict=True))
 
 
 train, held_out = list(examples(train_file)), list(examples(held_out_file))[::18]
 sums = jax.jit(lambda model, rows: jaxft.losses.next_token_loss(model, rows)[:2])
-per_token = lambda model: np.divide(*sum(np.array(sums(model, batch([r], 256))) for r in held_out))  # noqa: E731
+per_token = lambda model: np.divide(*sum(np.array(sums(model, batch([r], 256))) for r in held_out))
 print(f"before {per_token(model):.3f}")
 method = jaxft.LoRA(r=8, alpha=16, target_modules="all-linear")
 state = jaxft.TrainState.create(model, method, optax.adamw(2e-3, weight_decay=0.0), seed=int(seed))

@@ -27,22 +27,22 @@ class Entry:
     variable: nnx.Variable[Any]
     index: int | None = None
     transposed: bool = False
-    live: tuple[slice, ...] = ()
+    live: tuple[Any, ...] = ()
 
     def read(self) -> np.ndarray[Any, Any]:
         """Return the tensor as the file holds it, in float32."""
         value = np.asarray(self._place(self.variable.get_value()), np.float32)
-        return np.ascontiguousarray(value.T if self.transposed else value)
+        return np.ascontiguousarray(np.swapaxes(value, -1, -2) if self.transposed else value)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor in the file."""
-        shape = self._place(np.empty(self.variable.get_value().shape, bool)).shape
-        return shape[::-1] if self.transposed else shape
+        place = self._place(np.empty(self.variable.get_value().shape, bool))
+        return (np.swapaxes(place, -1, -2) if self.transposed else place).shape
 
     def write(self, buffer: np.ndarray[Any, Any], tensor: np.ndarray[Any, Any]) -> None:
         """Put a tensor of the file into a buffer of the leaf."""
-        self._place(buffer)[...] = tensor.T if self.transposed else tensor
+        self._place(buffer)[...] = np.swapaxes(tensor, -1, -2) if self.transposed else tensor
 
     def _place(self, value: Any) -> Any:
         value = value if self.index is None else value[self.index]
@@ -93,8 +93,8 @@ def _low_rank(n: Named, delta: Any) -> Iterator[tuple[str, Entry]]:
     for i, layer in enumerate(_held(n, delta)):
         index = i if n.stacked else None
         live = slice(delta.ranks[i])
-        yield f"{n.names[layer]}.lora_A.weight", Entry(delta.a, index, True, (slice(None), live))
-        yield f"{n.names[layer]}.lora_B.weight", Entry(delta.b, index, True, (live, slice(None)))
+        yield f"{n.names[layer]}.lora_A.weight", Entry(delta.a, index, True, (..., live))
+        yield f"{n.names[layer]}.lora_B.weight", Entry(delta.b, index, True, (..., live, slice(None)))
 
 
 def _copies(n: Named, copies: Any, adapted: set[int]) -> Iterator[tuple[str, Entry]]:

@@ -19,7 +19,7 @@ import optax
 
 from ..interop.folder import load_adapter, save_adapter
 from ..losses.language import IGNORED, next_token_loss
-from ..methods.full import Full
+from ..methods import METHODS, Full
 from ..methods.method import Method, adapters, attach, parts_of
 from ..methods.partition import combine, leaves, partition, trainable_mask
 from ..methods.report import parameter_report
@@ -64,7 +64,7 @@ def _gradients(loss: Any, params: dict[str, jax.Array], trainable: Any, frozen: 
 
 
 step_of = cache(make_train_step)
-SGD, ADAMW = optax.sgd(0.5), optax.adamw(1e-2, weight_decay=0.1)  # made once: a step is compiled for each
+TX = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.5))  # made once: a step is compiled for each
 
 
 def law_partition(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) -> None:
@@ -84,7 +84,7 @@ def law_partition(method: Method, model: Any, batch: Batch, loss: Any, **_: Any)
 
 def law_step_0(method: Method, model: Any, batch: Batch, loss: Any, identity: bool = True, **_: Any) -> None:
     """Before training the method is the base exactly, if it says so, and else it is not."""
-    state = TrainState.create(model, method, SGD)
+    state = TrainState.create(model, method, TX)
     plain, adapted = (float(summed_loss(loss, m, batch)) for m in (model, state.model))
     assert (plain == adapted) is identity, f"loss {plain} of the base, {adapted} with the method at step 0"
 
@@ -92,7 +92,7 @@ def law_step_0(method: Method, model: Any, batch: Batch, loss: Any, identity: bo
 def law_frozen(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) -> None:
     """Training changes neither the frozen part nor the model that the caller holds, in a single bit."""
     before = values(model)
-    state = TrainState.create(model, method, ADAMW)
+    state = TrainState.create(model, method, TX)
     frozen, start = values(state.frozen), values(state.trainable)
     step = step_of(loss)
     for _step in range(2):
@@ -110,7 +110,7 @@ def law_frozen(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) ->
 
 def law_gradients(method: Method, model: Any, batch: Batch, loss: Any, null: tuple[str, ...] = (), **_: Any) -> None:
     """Every trained leaf, in every layer, has a gradient by step 2, but for the null directions that are declared."""
-    state = TrainState.create(model, method, SGD)
+    state = TrainState.create(model, method, TX)
     first = gradients(state, batch, loss)
     state, _ = step_of(loss)(state, batch)
     second = gradients(state, batch, loss)
@@ -126,7 +126,7 @@ def law_gradients(method: Method, model: Any, batch: Batch, loss: Any, null: tup
 
 def law_differentiated(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) -> None:
     """No frozen leaf is differentiated: the jaxpr of the gradient has no product of the shape of a frozen kernel."""
-    state = TrainState.create(model, method, SGD)
+    state = TrainState.create(model, method, TX)
 
     def total(params: dict[str, jax.Array]) -> jax.Array:
         return loss(combine(with_leaves(state.trainable, params), state.frozen), batch, key=None)[0]
@@ -167,9 +167,9 @@ def law_count(method: Method, model: Any, batch: Batch, loss: Any, count: int | 
 
 def law_saved(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) -> None:
     """Saved and loaded again, the adapter is the same, bit for bit."""
-    if any(isinstance(part, Full) for part in parts_of(method)):
-        return  # a whole model is written by save_model
-    state = TrainState.create(model, method, SGD)
+    if not all(type(part) in METHODS.values() and not isinstance(part, Full) for part in parts_of(method)):
+        return  # a whole model is written by save_model, and a folder can only name what METHODS does
+    state = TrainState.create(model, method, TX)
     state, _ = step_of(loss)(state, batch)
     with tempfile.TemporaryDirectory() as folder:
         again = load_adapter(model, save_adapter(state, folder))
@@ -183,7 +183,7 @@ def law_saved(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) -> 
 
 def law_off(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) -> None:
     """With its weight at 0 a trained adapter is not there: the base's loss, exactly."""
-    state = TrainState.create(model, method, SGD)
+    state = TrainState.create(model, method, TX)
     if not adapters(state.frozen) or any(v for p, v in _base_leaves(state).items()):
         return  # it trains the base itself
     state, _ = step_of(loss)(state, batch)
@@ -200,7 +200,7 @@ def law_padding(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) -
     if "attention_mask" not in batch:
         return
     junk = {**batch, "input_ids": jnp.where(batch["attention_mask"] == 0, 7, batch["input_ids"])}
-    state = TrainState.create(model, method, SGD)
+    state = TrainState.create(model, method, TX)
     assert float(summed_loss(loss, state.model, batch)) == float(summed_loss(loss, state.model, junk))
     clean, dirty = gradients(state, batch, loss), gradients(state, junk, loss)
     for path in clean:
