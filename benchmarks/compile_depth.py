@@ -19,7 +19,7 @@ SHAPE = {
     "num_key_value_heads": 4,
     "vocab_size": 8192,
 }
-ROUNDS = 5
+ROUNDS = 3
 
 
 def measure(layers):

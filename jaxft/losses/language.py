@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..errors import BatchError
+
 IGNORED = -100  # the label of a token that is not trained, as in transformers
 
 
@@ -57,6 +59,9 @@ def next_token_loss(
     >>> int(tokens), bool(total > 0)
     (3, True)
     """
+    absent = [name for name in ("input_ids", "labels") if name not in batch]
+    if absent:
+        raise BatchError(f"next_token_loss needs input_ids and labels [B, T]; the batch lacks {' and '.join(absent)}")
     inputs = {name: batch[name] for name in ("attention_mask", "position_ids", "segment_ids") if name in batch}
     hidden = model.hidden(batch["input_ids"], **inputs, key=key)[:, :-1]
     labels = jnp.where(predicted(batch), batch["labels"][:, 1:], IGNORED)

@@ -105,7 +105,7 @@ class LoRA(Method):
         for option, alpha in alphas:
             if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
                 yield f"{option}={alpha!r}: give a finite number"
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             yield f"dropout={self.dropout!r}: give a rate of at least 0 and below 1"
         if self.bias not in BIASES:
             yield f"bias={self.bias!r}: choose one of {', '.join(map(repr, BIASES))}"

@@ -206,10 +206,11 @@ def detach(model: Any, name: str) -> Any:
 
 def forget_adapters(model: Any) -> None:
     """Leave a model as it is without adapters: the empty slot of ours, nothing on a person's own."""
-    if isinstance(model, CausalLM):
-        model.adapter_weights = nnx.data(None)
-    elif hasattr(model, "adapter_weights"):
+    if hasattr(model, "adapter_weights") and not isinstance(model, CausalLM):
         del model.adapter_weights
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, CausalLM):
+            module.adapter_weights = nnx.data(None)
 
 
 def hang(module: Any, slot: str, name: str, what: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import jax.numpy as jnp
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, refuse
 from .layers import ACTIVATIONS
 
 REMATS = ("none", "full")
@@ -52,6 +52,12 @@ class ModelConfig:
             fields = cls.parse(raw)
         except KeyError as missing:
             raise CheckpointError(f"config.json of model_type {model_type!r} lacks the key {missing}") from None
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"config.json of model_type {model_type!r} has a value of a wrong kind: {error}"
+            ) from None
         config = cls(**fields, raw=json.dumps(raw), stop_ids=token_ids(raw.get("eos_token_id")), **more)
         config.check()
         return config
@@ -62,6 +68,16 @@ class ModelConfig:
 
     def check(self) -> None:
         """Refuse head counts that do not divide, and an unknown `remat`."""
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+        wrong = [f"{key} is {size!r}" for key in sizes if not isinstance(size := getattr(self, key), int) or size < 1]
+        refuse(CheckpointError, "config.json: sizes are whole numbers of at least 1", wrong)
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"config.json: num_attention_heads {self.num_attention_heads} is no multiple of "

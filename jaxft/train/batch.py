@@ -12,7 +12,7 @@ from ..losses.language import IGNORED
 TOKENS = ("input_ids", "labels", "attention_mask", "position_ids", "segment_ids")
 
 
-def check_batch(batch: Mapping[str, Any], accumulate: int = 1) -> None:
+def check_batch(batch: Mapping[str, Any], accumulate: int = 1, vocabulary: int | None = None) -> None:
     """Refuse a batch whose shapes disagree, that does not divide, or that trains nothing.
 
     Shapes are always looked at; labels where they lie in the host's memory, so that no step waits for an accelerator
@@ -21,6 +21,7 @@ def check_batch(batch: Mapping[str, Any], accumulate: int = 1) -> None:
     Args:
         batch: Arrays whose first axis is the rows.
         accumulate: Number of micro-batches that the rows are split into.
+        vocabulary: Number of tokens that the model knows, where that is known.
 
     Raises:
         BatchError: Everything that is wrong, at once.
@@ -29,10 +30,10 @@ def check_batch(batch: Mapping[str, Any], accumulate: int = 1) -> None:
         raise BatchError(
             f"a batch is a dict of arrays, this is {type(batch).__name__}: give input_ids and labels [B, T]"
         )
-    refuse(BatchError, "a batch that cannot be trained on", list(_problems(batch, accumulate)))
+    refuse(BatchError, "a batch that cannot be trained on", list(_problems(batch, accumulate, vocabulary)))
 
 
-def _problems(batch: Mapping[str, Any], accumulate: int) -> Any:
+def _problems(batch: Mapping[str, Any], accumulate: int, vocabulary: int | None) -> Any:
     shapes = {name: np.shape(x) for name, x in batch.items()}
     rows = {name: shape[0] if shape else None for name, shape in shapes.items()}
     if len(set(rows.values())) > 1 or None in rows.values():
@@ -50,6 +51,12 @@ def _problems(batch: Mapping[str, Any], accumulate: int) -> Any:
     n = next(iter(rows.values()))
     if n is not None and n % accumulate:
         yield f"{n} rows do not divide into accumulate={accumulate} micro-batches"
+    for name in ("input_ids", "labels"):
+        if name in batch and vocabulary is not None and _on_host(batch[name]):
+            ids = np.asarray(batch[name])
+            ids = ids[ids != IGNORED] if name == "labels" else ids
+            if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
+                yield f"{name} holds {ids.min()} to {ids.max()}; the model's tokens are 0 to {vocabulary - 1}"
     labels = batch.get("labels")
     looked_at = labels is not None and len(shapes["labels"]) == 2 and _on_host(labels)
     if looked_at and not bool((np.asarray(labels)[:, 1:] != IGNORED).any()):

@@ -56,7 +56,7 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Take one step."""
-        check_batch(batch, self.accumulate)
+        check_batch(batch, self.accumulate, getattr(getattr(state.frozen, "config", None), "vocab_size", None))
         step, trainable, opt_state, metrics = self.jitted(**self.arguments(state, batch))
         return state.replace(step=step, trainable=trainable, opt_state=opt_state), metrics
 

@@ -157,7 +157,10 @@ def test_config_that_cannot_be(folder):
         ({"hidden_act": "snake"}, "hidden_act 'snake' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
-        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": None}, "lacks the key 'hidden_size'"),
+        ({"hidden_size": "wide"}, "a value of a wrong kind"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"vocab_size": 1.5}, "vocab_size is 1.5"),
     ]
     for change, match in cases:
         raw = {k: v for k, v in {**good, **change}.items() if v is not None}

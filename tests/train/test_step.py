@@ -247,6 +247,9 @@ BAD = {
     "scalar": ({**BATCH, "temperature": np.float32(1)}, "the first axis is the rows"),
     "flat": ({k: v[:, 0] for k, v in BATCH.items()}, r"input_ids is \(3,\); it must be \[rows, tokens\]"),
     "floats": ({**BATCH, "input_ids": np.ones((3, 12))}, "input_ids is float64; token ids are integers"),
+    "outside": ({**BATCH, "input_ids": BATCH["input_ids"] + 60}, "the model's tokens are 0 to 63"),
+    "labels outside": ({**BATCH, "labels": np.full((3, 12), -1)}, "labels holds -1 to -1"),
+    "no labels": ({"input_ids": BATCH["input_ids"]}, "the batch lacks labels"),
     "untrained": ({**BATCH, "labels": np.full((3, 12), -100)}, "every label is -100"),
     "first only": (
         {**BATCH, "labels": np.where(np.arange(12) == 0, 5, -100) * np.ones((3, 1), int)},
