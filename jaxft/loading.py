@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from .errors import CheckpointError
 from .models.causal import CausalLM
 from .models.hub import load_model, resolve
 
@@ -34,8 +35,9 @@ def load(
     ('bfloat16', True)
     """
     folder = resolve(path_or_hub_id)
+    tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=dtype, remat=remat, abstract=abstract, source=str(path_or_hub_id))
-    return model, load_tokenizer(folder)
+    return model, tokenizer
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -44,4 +46,7 @@ def load_tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a damaged file makes of it
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error})") from error

@@ -26,7 +26,7 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
 ) -> list[str]:
-    """Continue texts. Each row is continued as it would be alone, whatever stands beside it.
+    """Continue texts. Greedily, each row is continued as it would be alone; drawn, row b draws with key b of the seed.
 
     Args:
         model: A causal language model; its active adapters take part.
@@ -101,7 +101,7 @@ def generate_ids(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :], valid[row, width - len(prompt) :] = prompt, True
     stopping = np.zeros(model.config.vocab_size, bool)
-    stopping[[s for s in stops if s < model.config.vocab_size]] = True
+    stopping[[s for s in stops if 0 <= s < model.config.vocab_size]] = True
     draw = temperature > 0
     knobs = (jnp.float32(temperature if draw else 1), jnp.int32(top_k), jnp.float32(top_p), jax.random.key(seed))
     new, lengths = decode_loop(
@@ -174,8 +174,14 @@ def decode_loop(
 
 
 def _check(model: Any, prompts: Any, new: int, temperature: float, top_k: int, top_p: float) -> None:
-    if not prompts:
+    if not hasattr(model, "decode"):
+        raise GenerationError(f"a {type(model).__name__} cannot be decoded from; of a TrainState give state.model")
+    if isinstance(new, bool) or not isinstance(new, int):
+        raise GenerationError(f"max_new_tokens={new!r}: give a whole number")
+    if len(prompts) == 0:
         raise GenerationError("no prompt was given")
+    if not all(hasattr(p, "__len__") and all(isinstance(i, (int, np.integer)) for i in p) for p in prompts):
+        raise GenerationError("prompts of ids are rows of whole numbers, [[1, 2, 3], [4]] say")
     empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise GenerationError(f"prompts {empty} have no token; a model continues at least one (a begin token, say)")
@@ -184,7 +190,7 @@ def _check(model: Any, prompts: Any, new: int, temperature: float, top_k: int, t
         raise GenerationError(f"token ids {outside[:5]} are outside the vocabulary of {model.config.vocab_size}")
     if new < 0:
         raise GenerationError(f"max_new_tokens={new}: give at least 0")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1:
         raise GenerationError(
             f"temperature={temperature}, top_k={top_k}, top_p={top_p}: temperature and top_k are at least 0, "
             "top_p is above 0 and at most 1"

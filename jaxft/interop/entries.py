@@ -78,7 +78,7 @@ def fill_entries(places: dict[str, Entry], read: Callable[[str], np.ndarray[Any,
         by_leaf.setdefault(id(entry.variable), []).append((key, entry))
     for group in by_leaf.values():
         variable = group[0][1].variable
-        buffer = np.array(variable.get_value())
+        buffer = np.array(variable.get_value(), np.float32)  # trained leaves are, whatever the base is
         for key, entry in group:
             entry.write(buffer, read(key))
         variable.set_value(jnp.asarray(buffer))

@@ -1,9 +1,11 @@
 """A model back out as a Hugging Face folder that transformers loads."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ..errors import MethodError
@@ -12,6 +14,7 @@ from ..models.causal import CausalLM
 from ..models.names import LEAF_NAMES, Named, parameters
 from ..models.tensors import replacing, write_tensors
 
+OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -34,6 +37,10 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
     >>> sorted(p.name for p in jaxft.save_model(jaxft.testing.tiny_llama(), tempfile.mkdtemp()).iterdir())
     ['config.json', 'model.safetensors']
     """
+    if not isinstance(model, CausalLM) or any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model)):
+        raise MethodError(
+            f"a loaded model of jaxft is expected, this is a {type(model).__name__} (of a state: state.model)"
+        )
     if adapters(model):
         raise MethodError(
             f"the model carries adapters ({', '.join(adapters(model))}): jaxft.merge(model) folds them in"
@@ -61,9 +68,10 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
             (scratch / "generation_config.json").write_text(json.dumps(stops), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-    for old in Path(folder).glob("model*.safetensors*"):
-        if old.name not in {*shards, "model.safetensors.index.json"} or (len(shards) == 1 and old.name not in shards):
-            old.unlink()  # of an earlier model in the same folder, which a loader would take for this one's
+    kept = {*shards, *(["model.safetensors.index.json"] if len(shards) > 1 else [])}
+    for old in Path(folder).iterdir():
+        if OURS.fullmatch(old.name) and old.name not in kept:
+            old.unlink()  # of an earlier model in this folder, which a loader would take for this one's
     return Path(folder)
 
 
@@ -103,5 +111,5 @@ def _config(model: CausalLM) -> dict[str, Any]:
         "architectures": [type(model).__name__],
         "model_type": model.model_type,
         "dtype": np.dtype(model.dtype).name,
-        "tie_word_embeddings": model.lm_head.kernel is None,
+        **model.config_keys(),
     }

@@ -13,8 +13,7 @@ from ..methods import METHODS, Full, LoRA, Method
 from ..methods.method import adapters, copy_tree, parts_of
 from ..methods.partition import attached
 from ..methods.switch import set_adapter
-from ..models.hub import read_json
-from ..models.tensors import Tensors, replacing, write_tensors
+from ..models.tensors import Tensors, read_json, replacing, write_tensors
 from .entries import PREFIX, Entry, entries, fill_entries
 from .peft import config_of, method_of
 
@@ -118,6 +117,7 @@ def check_tensors(tensors: Tensors, places: dict[str, Entry], model: Any) -> Non
             if shapes.get(k, e.shape) != e.shape
         ]
         + [f"{k} is missing" for k in places if k not in shapes]
+        + [f"{k} is {tensors.kinds[k]}; weights are floats" for k in places if tensors.integer(k)]
         + [f"{k} belongs to no module that the config names" for k in shapes if k not in places and k not in repeated]
         + [f"{k} differs from the base model's tensor" for k, base in repeated.items() if not _same(tensors, k, base)],
     )
@@ -157,7 +157,10 @@ def own_config(method: Method, model: Any) -> dict[str, Any]:
 def own_method(config: dict[str, Any], where: str) -> Method:
     """Return the method that an own `adapter_config.json` names."""
     made = []
-    for part in config["jaxft_method"]:
+    parts = config["jaxft_method"]
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        raise CheckpointError(f"{where}: jaxft_method is a list of methods, each with its name and options")
+    for part in parts:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in part.items() if k != "name"}
         try:
             made.append(METHODS[part["name"]](**options))

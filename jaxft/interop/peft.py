@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MethodError
 from ..methods.linear import is_linear
 from ..methods.lora import ALL_LINEAR, LoRA
 from ..methods.matching import Names, find, named
@@ -36,7 +36,7 @@ NEUTRAL = {  # say nothing about what the tensors compute
     "runtime_config",
     "task_type",
 }
-BASE_KEPT = (True, False, None, "gaussian", "orthogonal", "eva")  # initialisations that leave the base as it is
+BASE_KEPT = (True, False, None, "gaussian", "orthogonal")  # initialisations that leave the base as it is
 
 
 def config_of(method: LoRA, model: Any) -> dict[str, Any]:
@@ -102,6 +102,13 @@ def method_of(config: Mapping[str, Any], where: str) -> LoRA:
     if unknown:
         listed = ", ".join(f"{k}={v!r}" for k, v in unknown.items())
         raise CheckpointError(f"{where}: options that are not supported: {listed}")
+    try:
+        return _lora(config)
+    except MethodError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _lora(config: Mapping[str, Any]) -> LoRA:
     return LoRA(
         r=config["r"],
         alpha=config["lora_alpha"],
@@ -115,7 +122,7 @@ def method_of(config: Mapping[str, Any], where: str) -> LoRA:
         use_rslora=bool(config.get("use_rslora")),
         bias=config.get("bias") or "none",
         modules_to_save=config.get("modules_to_save") or (),
-        init="gaussian" if init == "gaussian" else "default",
+        init="gaussian" if config.get("init_lora_weights") == "gaussian" else "default",
     )
 
 

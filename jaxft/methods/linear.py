@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ..errors import MethodError
 from ..models.layers import Linear
 from ..models.names import Named
 from ..models.seams import Context, add_deltas, read
@@ -68,6 +69,8 @@ def seamed(cls: Any) -> Any:
     def __call__(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         names = tuple(name for name, _ in self.adapter_weights.get_metadata("adapters"))
         ctx = Context(weights=self.adapter_weights.get_value(), names=names)
+        if self.saved is not None and self.adapter_weights.get_value().ndim > 1:
+            raise MethodError("adapters with copies of modules or biases cannot differ by row in a model of your own")
         y = cls.__call__(self if self.saved is None else with_copies(self, ctx), x, *args, **kwargs)
         return add_deltas(self, x, y, ctx)
 

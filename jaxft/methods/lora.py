@@ -26,6 +26,7 @@ from .matching import (
     layer_index,
     log,
     named,
+    pattern_error,
 )
 from .method import Method, hang
 
@@ -91,9 +92,10 @@ class LoRA(Method):
             set_(field, frozen_names(getattr(self, field)))
         for field in ("rank_pattern", "alpha_pattern"):
             set_(field, frozen_pattern(getattr(self, field)))
-        set_("modules_to_save", tuple(self.modules_to_save or ()))
+        saved: Any = self.modules_to_save or ()
+        set_("modules_to_save", (saved,) if isinstance(saved, str) else tuple(saved))
         if self.layers is not None:
-            set_("layers", (self.layers,) if isinstance(self.layers, int) else tuple(self.layers))
+            set_("layers", tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,))
         refuse(MethodError, "LoRA: options that cannot be", self._problems())
 
     def _problems(self) -> Iterable[str]:
@@ -111,6 +113,16 @@ class LoRA(Method):
             yield f"bias={self.bias!r}: choose one of {', '.join(map(repr, BIASES))}"
         if self.init not in INITS:
             yield f"init={self.init!r}: choose one of {', '.join(map(repr, INITS))}"
+        for option in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            given = getattr(self, option)
+            if not all(isinstance(name, str) and name for name in (given or ())):
+                yield f"{option}={given!r}: give names, or one regular expression"
+        patterns = [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
+        for key in [*patterns, *((self.layers_pattern,) if isinstance(self.layers_pattern, str) else ())]:
+            if (error := pattern_error(key)) is not None:
+                yield f"{key!r} is not a regular expression: {error}"
+        if not all(isinstance(i, int) and i >= 0 for i in self.layers or ()):
+            yield f"layers={self.layers!r}: give indices of layers"
         if self.target_modules == ():
             yield "target_modules=(): name at least one module"
         if self.layers is not None and (not self.layers or isinstance(self.target_modules, str)):

@@ -14,16 +14,30 @@ log = logging.getLogger("jaxft")
 Names = str | tuple[str, ...] | None
 
 
-def frozen_names(value: str | Iterable[str] | None) -> Names:
+def frozen_names(value: Any) -> Names:
     """Return a selection as it is kept in a (hashable) method: a regular expression, or a tuple of names."""
-    return value if value is None or isinstance(value, str) else tuple(value)
+    if value is None or isinstance(value, str):
+        return value
+    return tuple(value) if isinstance(value, Iterable) else (value,)
+
+
+def pattern_error(pattern: Any) -> str | None:
+    """Return what is wrong with a regular expression, None where nothing is."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        return str(error)
+    return None
 
 
 def frozen_pattern(value: Mapping[str, Any] | Iterable[tuple[str, Any]] | None) -> tuple[tuple[str, Any], ...]:
     """Return a pattern `{regular expression: number}` as pairs, in the order given: the first that matches wins."""
     if value is None:
         return ()
-    return tuple(value.items()) if isinstance(value, Mapping) else tuple((k, v) for k, v in value)
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else tuple(value)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise MethodError(f"pattern {value!r}: give a dict of regular expressions and numbers")
+    return tuple((key, number) for key, number in pairs)
 
 
 def named(name: str, names: Names) -> bool:
@@ -109,11 +123,8 @@ def check_names(model: Any, option: str, names: Names, kinds: Callable[[Any], bo
         return
     known = [name for n in named_modules(model) if kinds(n.module) for name in n.names]
     shorts = {name.rsplit(".", 1)[-1] for name in known}
-    if isinstance(names, str):
-        try:
-            re.compile(names)
-        except re.error as error:
-            raise MethodError(f"{option}={names!r} is not a regular expression: {error}") from None
+    if isinstance(names, str) and (error := pattern_error(names)) is not None:
+        raise MethodError(f"{option}={names!r} is not a regular expression: {error}")
     for one in (names,) if isinstance(names, str) else names:
         if not any(named(name, names if isinstance(names, str) else (one,)) for name in known):
             raise SelectionError(f"{option}={one!r} matches no {kind} of this model; {nearest(one, shorts)}")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..errors import MethodError
+from ..models.causal import CausalLM
 from ..models.names import Named, named_modules
 from ..models.seams import SLOTS, Context, mix
 from ..models.stack import spread
@@ -32,7 +33,7 @@ def merge(model: Any) -> Any:
     {}
     """
     fresh, ctx = _prepared(model)
-    tied = fresh.tied_kernel() if hasattr(fresh, "tied_kernel") else None
+    tied = fresh.tied_kernel() if isinstance(fresh, CausalLM) else None
     for n in _adapted(fresh):
         _merge_copies(n, ctx, tied)
         change = _kernel_change(n, ctx)
@@ -46,7 +47,9 @@ def merge(model: Any) -> Any:
     for _, module in list(nnx.iter_modules(fresh)):
         unseam(module)
     forget_adapters(fresh)
-    return _untied(fresh)
+    if isinstance(fresh, CausalLM):
+        fresh.config = fresh.config.replace(**fresh.config_keys())
+    return fresh
 
 
 def unmerge(model: Any) -> Any:
@@ -74,11 +77,12 @@ def unmerge(model: Any) -> Any:
             raise MethodError(f"{n.path} was replaced by the adapter's copy: the base's own values cannot be had back")
         change = _kernel_change(n, ctx)
         if change is not None:
-            _add_to_kernel(n.module, -change, None)
+            _add_to_kernel(n.module, -change, fresh.tied_kernel() if isinstance(fresh, CausalLM) else None)
     return fresh
 
 
 def _prepared(model: Any) -> tuple[Any, Context]:
+    copy_tree(model)
     if not adapters(model):
         raise MethodError("this model carries no adapter to merge")
     weights = model.adapter_weights.get_value()
@@ -115,11 +119,3 @@ def _merge_copies(n: Named, ctx: Context, tied: jax.Array | None) -> None:
                 base = own.get_value() if own is not None else tied if leaf == "kernel" else None
                 weight = ctx.weight(name) * gate.reshape(*gate.shape, *(1,) * (value.ndim - gate.ndim))
                 put(n.module, leaf, mix(base, value, weight).astype(value.dtype if base is None else base.dtype))
-
-
-def _untied(model: Any) -> Any:
-    """Write it down in the config where a tied head has got a kernel of its own."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False) and model.lm_head.kernel is not None:
-        model.config = config.replace(tie_word_embeddings=False)
-    return model

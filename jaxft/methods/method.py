@@ -104,6 +104,9 @@ def adapters(model: Any) -> dict[str, Method]:
 
 def copy_tree(model: Any) -> Any:
     """Return a new tree of modules that shares the model's arrays, and may be changed."""
+    if not isinstance(model, nnx.Module):
+        hint = "give state.model" if hasattr(model, "trainable") else "give an nnx.Module"
+        raise MethodError(f"a model is expected, this is a {type(model).__name__}: {hint}")
     shared = nnx.find_duplicates(model)
     if shared:
         pairs = "; ".join(" = ".join(".".join(map(str, path)) for path in paths) for paths in shared)
@@ -157,16 +160,13 @@ def register(model: Any, name: str, method: Method) -> None:
     """Give a model the weight of a new adapter, if something was attached under its name."""
     if not any(owner(path) == name for path in variables(model)):
         return
-    holders: list[Any] = [
-        model,
-        *(m for _, m in nnx.iter_modules(model) if m is not model and hasattr(m, "adapter_weights")),
-    ]
-    for holder in holders:
-        old: Any = getattr(holder, "adapter_weights", None)
-        known = () if old is None else old.get_metadata("adapters")
-        weights = jnp.zeros((*getattr(holder, "lead", ()), 0)) if old is None else old.get_value()
-        weights = jnp.concatenate([weights, jnp.ones((*weights.shape[:-1], 1))], -1)
-        holder.adapter_weights = nnx.data(AdapterWeights(weights, adapters=(*known, (name, method))))
+    root: Any = getattr(model, "adapter_weights", None)
+    known, weights = ((), jnp.zeros(0)) if root is None else (root.get_metadata("adapters"), root.get_value())
+    weights = jnp.concatenate([weights, jnp.ones((*weights.shape[:-1], 1))], -1)
+    inner: list[Any] = [m for _, m in nnx.iter_modules(model) if m is not model and hasattr(m, "adapter_weights")]
+    for holder in [model, *inner]:  # a layer that has just got its seams learns of the adapters before this one too
+        value = jnp.broadcast_to(weights, (*getattr(holder, "lead", ()), *weights.shape))
+        holder.adapter_weights = nnx.data(AdapterWeights(value, adapters=(*known, (name, method))))
 
 
 def detach(model: Any, name: str) -> Any:
@@ -198,7 +198,7 @@ def detach(model: Any, name: str) -> Any:
             value = weights.get_value()[..., jnp.array(keep, int)]
             module.adapter_weights = nnx.data(AdapterWeights(value, adapters=left) if left else None)
     if not adapters(fresh):
-        for _, module in list(nnx.iter_modules(fresh)):
+        for module in modules:
             unseam(module)
         forget_adapters(fresh)
     return fresh

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+from flax import nnx
 
 from ..errors import MethodError, PartitionError, SelectionError, nearest, refuse
 from ..models.names import LEAF_NAMES, dotted, is_variable, named_modules, variables
@@ -53,6 +54,10 @@ def _readopt(model: Any, method: Method, name: str) -> Any:
             wrong.append(f"{path}: the adapter's scale is not the method's (r, alpha or use_rslora differ)")
         else:
             new[path].set_value(have)
+    held, holds = held_layers(model, name), held_layers(fresh, name)
+    wrong += [
+        f"{p} is for layers {held[p]}, the method's for {holds[p]}" for p in held if held[p] != holds.get(p, held[p])
+    ]
     headline = f"the model already carries an adapter {name!r} that {type(method).__name__} does not describe"
     refuse(MethodError, f"{headline}; give its own options, no method (None), or another name", wrong)
     if getattr(model, "adapter_weights", None) is not None:
@@ -65,14 +70,29 @@ def _readopt(model: Any, method: Method, name: str) -> Any:
     return fresh
 
 
+def held_layers(model: Any, name: str) -> dict[str, Any]:
+    """Return, by path, which layers (and ranks) each thing that an adapter hangs up is for; None is all of them."""
+    return {
+        dotted(path): (module.layers_held, getattr(module, "ranks", None))
+        for path, module in nnx.iter_modules(model)
+        if hasattr(module, "layers_held") and path[-1] == name
+    }
+
+
 def _flags(model: Any, method: Method, name: str) -> dict[str, bool]:
     flags = {path: method.trains(path, variable, name) for path, variable in variables(model).items()}
+    hidden = [p for p, on in flags.items() if on and ".saved." in p and flags.get(re.sub(r"\.saved\.\w+", "", p))]
+    refuse(
+        MethodError,
+        "parts of a method that do not add up: one trains a leaf of the base, another a copy that hides it",
+        hidden,
+    )
     if not any(flags.values()):
         raise SelectionError(f"{type(method).__name__} trains no leaf of this {type(model).__name__}")
     return flags
 
 
-def trainable_mask(model: Any, method: Method, *, name: str = "default", seed: int = 0) -> Any:
+def trainable_mask(model: Any, method: Method | None, *, name: str = "default", seed: int = 0) -> Any:
     """Return a pytree of booleans with the structure of the attached model, as `optax.masked` takes it.
 
     `optax.masked` hands the gradients of masked-out leaves on as they are, so pair it with `set_to_zero`:
@@ -81,7 +101,7 @@ def trainable_mask(model: Any, method: Method, *, name: str = "default", seed: i
 
     Args:
         model: A model; the method is attached where the name is not there yet.
-        method: What decides.
+        method: What decides; None: what the adapter that is there was attached with.
         name: The adapter's name.
         seed: Of the adapter's initial values, as in `attach`.
 
@@ -91,16 +111,16 @@ def trainable_mask(model: Any, method: Method, *, name: str = "default", seed: i
     (7, 16)
     """
     model = attached(model, method, name=name, seed=seed)
-    flags = _flags(model, method, name)
+    flags = _flags(model, method or adapters(model)[name], name)
     return _map(lambda path, variable: jax.tree.map(lambda _: flags[path], variable), model)
 
 
-def partition(model: Any, method: Method, *, name: str = "default", seed: int = 0) -> tuple[Any, Any]:
+def partition(model: Any, method: Method | None, *, name: str = "default", seed: int = 0) -> tuple[Any, Any]:
     """Return the two parts (trainable, frozen) of the attached model: disjoint and complete.
 
     Args:
         model: A model; the method is attached where the name is not there yet.
-        method: What decides.
+        method: What decides; None: what the adapter that is there was attached with.
         name: The adapter's name.
         seed: Of the adapter's initial values, as in `attach`.
 
@@ -113,7 +133,7 @@ def partition(model: Any, method: Method, *, name: str = "default", seed: int = 
     ['model.layers.self_attn.q_proj.delta.default.a', 'model.layers.self_attn.q_proj.delta.default.b']
     """
     model = attached(model, method, name=name, seed=seed)
-    flags = _flags(model, method, name)
+    flags = _flags(model, method or adapters(model)[name], name)
 
     def part(wanted: bool) -> Any:
         return _map(lambda path, v: v if flags[path] is wanted else v.replace(None), model)

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from ..errors import MethodError
 from ..models.names import dotted, variables
 from .low_rank import LowRank
 from .method import Method
@@ -54,7 +55,7 @@ def parameter_report(model_or_state: Any, method: Method | None = None, *, name:
     if hasattr(model_or_state, "trainable"):
         trainable, frozen = model_or_state.trainable, model_or_state.frozen
     elif method is None:
-        raise TypeError("parameter_report takes a TrainState, or a model and the method that trains it")
+        raise MethodError("parameter_report takes a TrainState, or a model and the method that trains it")
     else:
         trainable, frozen = partition(model_or_state, method, name=name)
     counts = _counts(trainable)

@@ -58,8 +58,13 @@ def as_array(weights: Weights, names: list[str]) -> jax.Array:
         for name in weights:
             if name not in names:
                 raise MethodError(f"no adapter {name!r}; {nearest(str(name), names)}")
-        return jnp.array([float(weights.get(name, 0)) for name in names])
-    value = jnp.asarray(weights, jnp.float32)
+        weights = [weights.get(name, 0) for name in names]
+    try:
+        value = jnp.asarray(weights, jnp.float32)
+    except (TypeError, ValueError):
+        raise MethodError(f"adapter weights {weights!r}: give numbers") from None
+    if not isinstance(value, jax.core.Tracer) and not bool(jnp.isfinite(value).all()):
+        raise MethodError(f"adapter weights {weights!r}: give finite numbers")
     if value.ndim not in (1, 2) or value.shape[-1] != len(names):
         raise MethodError(f"adapter weights {value.shape}: give [{len(names)}] or [rows, {len(names)}], for {names}")
     return value

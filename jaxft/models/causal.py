@@ -98,6 +98,10 @@ class CausalLM(nnx.Module):
         """
         return _logits(self, input_ids, attention_mask, position_ids, segment_ids, key)
 
+    def config_keys(self) -> dict[str, Any]:
+        """Return the keys of `config.json` that follow from which leaves there are; merging can change them."""
+        return {"tie_word_embeddings": self.lm_head.kernel is None}
+
     def empty_cache(self, rows: int, room: int) -> Cache:
         """Return a cache for `rows` texts of up to `room` tokens."""
         c = self.config

@@ -28,6 +28,7 @@ class ModelConfig:
 
     vocab_size: int
     hidden_size: int
+    intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -49,7 +50,7 @@ class ModelConfig:
         """Build the record from a parsed `config.json` (see the examples of the families)."""
         model_type = raw.get("model_type")
         try:
-            fields = cls.parse(raw)
+            fields = {**cls.parse(raw), "stop_ids": token_ids(raw.get("eos_token_id"))}
         except KeyError as missing:
             raise CheckpointError(f"config.json of model_type {model_type!r} lacks the key {missing}") from None
         except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -58,7 +59,7 @@ class ModelConfig:
             raise CheckpointError(
                 f"config.json of model_type {model_type!r} has a value of a wrong kind: {error}"
             ) from None
-        config = cls(**fields, raw=json.dumps(raw), stop_ids=token_ids(raw.get("eos_token_id")), **more)
+        config = cls(**fields, raw=json.dumps(raw), **more)
         config.check()
         return config
 
@@ -91,7 +92,7 @@ def token_ids(value: Any) -> tuple[int, ...]:
     """Return the ids of an `eos_token_id` entry, which is a number, a list or nothing."""
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+    return tuple(map(int, value)) if isinstance(value, (list, tuple)) else (int(value),)
 
 
 def activation(raw: Mapping[str, Any], key: str, default: str) -> str:

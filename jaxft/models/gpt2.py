@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..errors import BatchError
+from ..errors import BatchError, CheckpointError
 from .attention import attend
 from .cache import Cache
 from .causal import CausalLM
@@ -29,7 +29,6 @@ class GPT2Config(ModelConfig):
     (32, True, 0.1)
     """
 
-    intermediate_size: int
     n_positions: int
     layer_norm_epsilon: float
     activation_function: str
@@ -43,6 +42,8 @@ class GPT2Config(ModelConfig):
         """Read the keys of a GPT-2's `config.json`."""
         refuse_unsupported(raw, {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False})
         heads, width = raw["n_head"], raw["n_embd"]
+        if width % heads:
+            raise CheckpointError(f"config.json: n_embd {width} is no multiple of n_head {heads}")
         return {
             "vocab_size": raw["vocab_size"],
             "hidden_size": width,
@@ -53,10 +54,10 @@ class GPT2Config(ModelConfig):
             "tie_word_embeddings": raw.get("tie_word_embeddings", True),
             "intermediate_size": raw.get("n_inner") or 4 * width,
             "n_positions": raw["n_positions"],
-            "layer_norm_epsilon": raw.get("layer_norm_epsilon", 1e-5),
+            "layer_norm_epsilon": float(raw.get("layer_norm_epsilon", 1e-5)),
             "activation_function": activation(raw, "activation_function", "gelu_new"),
             "scale_attn_weights": raw.get("scale_attn_weights", True),
-            **{key: raw.get(key, 0.1) for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")},
+            **{key: float(raw.get(key, 0.1)) for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")},
         }
 
 

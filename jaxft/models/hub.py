@@ -16,7 +16,7 @@ from . import FAMILIES
 from .causal import CausalLM
 from .config import token_ids
 from .names import LEAF_NAMES, Named, parameters
-from .tensors import Tensors
+from .tensors import Tensors, read_json
 
 NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -39,19 +39,6 @@ def resolve(path_or_hub_id: str | Path) -> Path:
             f"{path_or_hub_id}: no such folder here, and the hub gave none ({type(error).__name__}: {reason}). "
             "Check the spelling; for a private model log in with `hf auth login`; offline, give a local folder"
         ) from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file that must be there."""
-    if not file.is_file():
-        raise CheckpointError(f"{file.parent} holds no {file.name}")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: a JSON object is expected, this is a {type(raw).__name__}")
-    return raw
 
 
 def read_config(folder: Path, *, dtype: Any = jnp.float32, remat: str = "none", source: str = "") -> Any:
@@ -89,17 +76,28 @@ def load_model(
         )
     config = read_config(folder, remat=remat, source=source)
     if abstract:
-        declared = config_dtype(json.loads(config.raw)) if dtype is None else jnp.dtype(dtype)
+        declared = config_dtype(json.loads(config.raw)) if dtype is None else float_dtype(dtype)
         return abstract_model(config.replace(dtype=declared))
     with Tensors(folder) as tensors:
-        model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else jnp.dtype(dtype)))
+        model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
         fill(model, tensors)
     return model
 
 
 def config_dtype(raw: dict[str, Any]) -> Any:
     """Return the dtype that a `config.json` declares; float32 where it declares none."""
-    return jnp.dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    return float_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+
+
+def float_dtype(dtype: Any) -> Any:
+    """Return a floating dtype given as one or by name; refuse anything else."""
+    try:
+        parsed = jnp.dtype(dtype)
+    except TypeError:
+        parsed = None
+    if parsed is None or not jnp.issubdtype(parsed, jnp.floating):
+        raise CheckpointError(f"dtype {dtype!r}: give float32, bfloat16 or float16")
+    return parsed
 
 
 def fill(model: CausalLM, tensors: Tensors) -> None:
@@ -121,21 +119,41 @@ def fill(model: CausalLM, tensors: Tensors) -> None:
         f"({model.config.num_hidden_layers} layers)",
         [f"{name} is missing" for name in wanted if name not in on_disk]
         + [f"{name} is not a tensor of this model" for name in extra]
+        + [f"{n} is {tensors.kinds[on_disk[n]]}; weights are floats" for n in wanted if tensors.integer(on_disk.get(n))]
         + [
             f"{name} is {tensors.shapes[on_disk[name]]} on disk, {disk_shape(*place)} by config.json"
             for name, place in wanted.items()
             if name in on_disk and tensors.shapes[on_disk[name]] != disk_shape(*place)
         ],
     )
+    untied = spare & set(on_disk) and not same_table(tensors, on_disk["lm_head.weight"], on_disk[table_name(model)])
+    refuse(
+        CheckpointError,
+        f"{tensors.folder}: config.json says tie_word_embeddings, but the head is not the embedding",
+        ["lm_head.weight differs from the embedding: set tie_word_embeddings to false in config.json"]
+        if untied
+        else [],
+    )
     poisoned = []
     for named, leaf, variable in parameters(model):
         sources = [on_disk[f"{name}.{LEAF_NAMES[leaf]}"] for name in named.names]
         variable.set_value(assemble(tensors, sources, variable))
         if not bool(_all_finite(variable.get_value())):
-            poisoned += [
-                f"{s} has {n} values that are NaN or infinite" for s in sources if (n := tensors.non_finite(s))
-            ]
+            found = [f"{s} has {n} values that are NaN or infinite" for s in sources if (n := tensors.non_finite(s))]
+            narrow = f"{named.path}.{leaf} has values too large for {variable.get_value().dtype}: load a wider dtype"
+            poisoned += found or [narrow]
     refuse(CheckpointError, f"{tensors.folder}: damaged weights; export or download the checkpoint again", poisoned)
+
+
+def table_name(model: CausalLM) -> str:
+    """Return the name of the embedding that a tied head calls."""
+    table = model.backbone.input_embedding()
+    return next(f"{n.names[0]}.weight" for n, _, _ in parameters(model) if n.module is table)
+
+
+def same_table(tensors: Tensors, one: str, other: str) -> bool:
+    """Tell whether two tensors of a checkpoint are equal."""
+    return tensors.shapes[one] == tensors.shapes[other] and np.array_equal(tensors.read(one), tensors.read(other))
 
 
 def disk_shape(named: Named, leaf: str, variable: nnx.Param[Any]) -> tuple[int, ...]:

@@ -30,7 +30,6 @@ class LlamaConfig(ModelConfig):
     (4, 2, 10000.0)
     """
 
-    intermediate_size: int
     rms_norm_eps: float
     rope: Rope
     hidden_act: str
@@ -48,12 +47,12 @@ class LlamaConfig(ModelConfig):
             "num_key_value_heads": raw.get("num_key_value_heads") or heads,
             "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
             "tie_word_embeddings": raw.get("tie_word_embeddings", False),
-            "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
+            "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
             "rope": Rope.parse(raw),
             "hidden_act": activation(raw, "hidden_act", "silu"),
             "attention_bias": raw.get("attention_bias", False),
             "mlp_bias": raw.get("mlp_bias", False),
-            "attention_dropout": raw.get("attention_dropout", 0.0),
+            "attention_dropout": float(raw.get("attention_dropout", 0.0)),
         }
 
 
@@ -154,3 +153,9 @@ class LlamaForCausalLM(CausalLM):
         self.model = LlamaModel(config, rngs=rngs)
         d, v, tied = config.hidden_size, config.vocab_size, config.tie_word_embeddings
         self.lm_head = Linear(d, v, axes=("embed", "vocab"), tied=tied, rngs=rngs)
+
+    def config_keys(self) -> dict[str, Any]:
+        """Return the keys of `config.json` that follow from which leaves there are."""
+        layers = self.model.layers
+        biases = {"attention_bias": layers.self_attn.q_proj.bias, "mlp_bias": layers.mlp.up_proj.bias}
+        return {**super().config_keys(), **{key: bias is not None for key, bias in biases.items()}}

@@ -56,7 +56,9 @@ def variables(tree: Any) -> dict[str, nnx.Variable[Any]]:
 def named_modules(model: Any) -> list[Named]:
     """Return the modules of a model, what methods have attached left out, in the order of their paths."""
     found = {path: module for path, module in nnx.iter_modules(model) if not set(SLOTS) & set(path)}
-    depths = {path: depth for path, module in found.items() if isinstance(depth := getattr(module, "depth", None), int)}
+    depths = {
+        path: depth for path, module in found.items() if isinstance(depth := getattr(module, "stack_depth", None), int)
+    }
     out = []
     for path in sorted(found, key=dotted):
         stack = next((p for p in depths if path[: len(p)] == p), None)

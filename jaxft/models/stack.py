@@ -22,7 +22,7 @@ def stacked(make: Callable[[nnx.Rngs], Any], depth: int, rngs: nnx.Rngs) -> Any:
     layers = nnx.split_rngs(splits=depth)(nnx.vmap(make))(rngs)
     for variable in jax.tree.leaves(layers, is_leaf=lambda v: isinstance(v, nnx.Variable)):
         variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
-    layers.depth = depth
+    layers.stack_depth = depth
     return layers
 
 
@@ -64,5 +64,5 @@ def run(layers: Any, x: jax.Array, ctx: Context, cache: Cache | None, remat: str
 
     if remat == "full":
         body = jax.checkpoint(body, prevent_cse=False)
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (spread(layers, layers.depth), jnp.arange(layers.depth)))
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (spread(layers, layers.stack_depth), jnp.arange(layers.stack_depth)))
     return x, cache

@@ -20,12 +20,26 @@ CONVERT = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_fold
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file that must be there."""
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} holds no {file.name}")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: a JSON object is expected, this is a {type(raw).__name__}")
+    return raw
+
+
 class Tensors:
     """The tensors of a checkpoint, by name; nothing is read until asked for.
 
     Attributes:
         folder: Where they are.
         shapes: Shape of each, by name.
+        kinds: Kind of number of each, as the file calls it.
         dtype: Dtype of most of the parameters.
 
     Raises:
@@ -35,6 +49,7 @@ class Tensors:
     def __init__(self, folder: Path, single: str = "model.safetensors", convert: str = CONVERT):
         self.folder, self._stack = folder, ExitStack()
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.kinds: dict[str, str] = {}
         self._owner: dict[str, Any] = {}
         sizes: dict[str, int] = {}
         for file in weight_files(folder, single, convert):
@@ -42,12 +57,11 @@ class Tensors:
             for name in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 piece = opened.get_slice(name)
                 self.shapes[name], self._owner[name] = tuple(piece.get_shape()), opened
-                kind = piece.get_dtype()
-                sizes[kind] = sizes.get(kind, 0) + int(np.prod(piece.get_shape()))
-                if kind not in FLOATS:
-                    raise CheckpointError(f"{file}: {name} is {kind}; weights are floats, {', '.join(FLOATS)}")
+                kind = self.kinds[name] = piece.get_dtype()
+                if kind in FLOATS:
+                    sizes[kind] = sizes.get(kind, 0) + int(np.prod(piece.get_shape()))
         if not sizes:
-            raise CheckpointError(f"{folder}: its safetensors file holds no tensor")
+            raise CheckpointError(f"{folder}: its safetensors file holds no weights")
         self.dtype = jnp.dtype(FLOATS[max(sizes, key=sizes.__getitem__)])
 
     def _open(self, file: Path) -> Any:
@@ -70,6 +84,10 @@ class Tensors:
         """Read one tensor."""
         return self._owner[name].get_tensor(name)
 
+    def integer(self, name: str | None) -> bool:
+        """Tell whether a tensor is there and holds no floats."""
+        return name in self.kinds and self.kinds[name] not in FLOATS
+
     def non_finite(self, name: str) -> int:
         """Count the values of one tensor that are NaN or infinite."""
         return int((~np.isfinite(self.read(name).astype(np.float32))).sum())
@@ -81,10 +99,10 @@ def weight_files(folder: Path, single: str, convert: str) -> list[Path]:
     if (folder / single).is_file():
         return [folder / single]
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of safetensors files ({error})") from None
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index}: not an index of safetensors files (no weight_map of names)")
+        names = sorted(set(weight_map.values()))
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise CheckpointError(f"{folder}: {index.name} names files that are missing: {', '.join(absent)}")
@@ -102,6 +120,8 @@ def weight_files(folder: Path, single: str, convert: str) -> list[Path]:
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Give a scratch folder whose files are moved into `folder` at the end: all of them, or on an error none."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         yield Path(scratch)

@@ -46,7 +46,7 @@ def tiny_llama(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, 
 def tiny_gpt2(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> GPT2LMHeadModel:
     """Return a random GPT-2 of two layers, without dropout, with a vocabulary of 64; keywords as in `tiny_llama`.
 
-    >>> tiny_gpt2(n_layer=3).transformer.h.depth
+    >>> tiny_gpt2(n_layer=3).transformer.h.stack_depth
     3
     """
     config = GPT2Config.from_raw({**GPT2, **raw}, remat=remat, dtype=jnp.dtype(dtype))

@@ -30,7 +30,12 @@ def check_batch(batch: Mapping[str, Any], accumulate: int = 1, vocabulary: int |
         raise BatchError(
             f"a batch is a dict of arrays, this is {type(batch).__name__}: give input_ids and labels [B, T]"
         )
-    refuse(BatchError, "a batch that cannot be trained on", list(_problems(batch, accumulate, vocabulary)))
+    odd = [
+        f"{name} is a {type(x).__name__}; give an array of numpy or jax"
+        for name, x in batch.items()
+        if not _is_array(x)
+    ]
+    refuse(BatchError, "a batch that cannot be trained on", odd or list(_problems(batch, accumulate, vocabulary)))
 
 
 def _problems(batch: Mapping[str, Any], accumulate: int, vocabulary: int | None) -> Any:
@@ -45,7 +50,7 @@ def _problems(batch: Mapping[str, Any], accumulate: int, vocabulary: int | None)
     for name, shape in tokens.items():
         if len(shape) != 2:
             yield f"{name} is {shape}; it must be [rows, tokens]"
-        kind = np.dtype(batch[name].dtype).kind if hasattr(batch[name], "dtype") else "i"
+        kind = np.dtype(batch[name].dtype).kind
         if name in ("input_ids", "labels") and kind not in "iu":
             yield f"{name} is {batch[name].dtype}; token ids are integers"
     n = next(iter(rows.values()))
@@ -53,14 +58,26 @@ def _problems(batch: Mapping[str, Any], accumulate: int, vocabulary: int | None)
         yield f"{n} rows do not divide into accumulate={accumulate} micro-batches"
     for name in ("input_ids", "labels"):
         if name in batch and vocabulary is not None and _on_host(batch[name]):
-            ids = np.asarray(batch[name])
-            ids = ids[ids != IGNORED] if name == "labels" else ids
+            ids = _counted(name, batch)
             if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
                 yield f"{name} holds {ids.min()} to {ids.max()}; the model's tokens are 0 to {vocabulary - 1}"
     labels = batch.get("labels")
     looked_at = labels is not None and len(shapes["labels"]) == 2 and _on_host(labels)
     if looked_at and not bool((np.asarray(labels)[:, 1:] != IGNORED).any()):
         yield "every label is -100 (the first of a row does not count): no token is trained"
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic)) and (isinstance(x, jax.Array) or x.dtype.kind in "biuf")
+
+
+def _counted(name: str, batch: Mapping[str, Any]) -> Any:
+    """Return the ids that count: labels that are trained, inputs that are not padding."""
+    ids = np.asarray(batch[name])
+    if name == "labels":
+        return ids[ids != IGNORED]
+    mask = batch.get("attention_mask")
+    return ids[np.asarray(mask) != 0] if mask is not None and _on_host(mask) else ids
 
 
 def _on_host(x: Any) -> bool:

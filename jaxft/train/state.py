@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..errors import OptimizerError
+from ..errors import MethodError, OptimizerError
 from ..methods.method import Method, adapters
 from ..methods.partition import attached, combine, leaves, partition
 
@@ -67,7 +67,7 @@ class TrainState:
 
         Raises:
             OptimizerError: `tx` is no optimiser.
-            MethodError: The method does not fit the model, or the adapter that it carries.
+            MethodError: The method does not fit the model, or the adapter that it carries, or that has weight 0.
 
         >>> import jaxft
         >>> model = jaxft.testing.tiny_llama()
@@ -80,8 +80,13 @@ class TrainState:
                 f"{tx!r} is no optimiser: give an optax.GradientTransformation, such as optax.adamw(2e-4) "
                 "(called, with a learning rate)"
             )
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model)):
+            raise MethodError("this model has shapes for arrays (abstract=True): load it whole to train it")
         model = attached(model, method, name=name, seed=seed)
         method = adapters(model)[name] if method is None else method
+        names = list(adapters(model))
+        if name in names and not bool(model.adapter_weights.get_value()[..., names.index(name)].any()):
+            raise MethodError(f"the adapter {name!r} has weight 0 and would not train; jaxft.set_adapter turns it on")
         trainable, frozen = partition(model, method, name=name)
         trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
         opt_state = jax.tree.map(jnp.copy, tx.init(leaves(trainable)))  # some optimisers keep the parameters themselves

@@ -154,6 +154,10 @@ def test_missing_and_damaged_files(folder, tmp_path):
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base model"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"jaxft_method": [{"name": "magic"}]}, "no method of jaxft is made by"),
+        ({"jaxft_method": []}, "jaxft_method is a list of methods"),
+        ({"jaxft_method": "lora"}, "jaxft_method is a list of methods"),
+        ({"rank_pattern": {"(": 3}}, "is not a regular expression"),
+        ({"target_modules": 5}, "target_modules"),
     ],
 )
 def test_configs_that_cannot_be_read(folder, changes, match):
@@ -165,7 +169,7 @@ def test_a_config_that_names_what_is_not_there(folder):
     configure(folder, target_modules=["query"])
     refused(folder, "target_modules='query' matches no linear layer", error=jaxft.SelectionError)
     configure(folder, target_modules=["q_proj"], r=0)
-    refused(folder, "r=0", error=jaxft.MethodError)
+    refused(folder, "r=0: a rank is a whole number of at least 1")
 
 
 def test_an_adapter_of_another_base(folder):
@@ -216,3 +220,18 @@ def test_stored_in_float32_over_a_narrow_base(tmp_path):
     state = trained(jaxft.LoRA(r=2), tiny_llama(dtype=jnp.bfloat16))
     jaxft.save_adapter(state, tmp_path)
     assert {t.dtype for t in load_file(tmp_path / WEIGHTS).values()} == {np.dtype(np.float32)}
+
+
+def test_biases_over_a_narrow_base_come_back_in_float32(tmp_path):
+    """In bfloat16 a small update would vanish."""
+    state = trained(jaxft.BitFit(), tiny_gpt2(dtype=jnp.bfloat16))
+    jaxft.save_adapter(state, tmp_path)
+    again = jaxft.load_adapter(tiny_gpt2(dtype=jnp.bfloat16), tmp_path)
+    for path, value in jaxft.leaves(state.trainable).items():
+        np.testing.assert_array_equal(jaxft.leaves(again)[path], value)
+        assert jaxft.leaves(again)[path].dtype == jnp.float32
+
+
+def test_a_file_is_no_folder_to_write_to(folder):
+    with pytest.raises(jaxft.CheckpointError, match="is a file; give a folder to write to"):
+        jaxft.save_adapter(jaxft.attach(tiny_llama(), jaxft.LoRA(r=2)), folder / WEIGHTS)

@@ -168,3 +168,56 @@ def test_the_method_must_describe_the_adapter_that_is_there():
             jaxft.TrainState.create(model, other, optax.sgd(1.0))
     with pytest.raises(jaxft.MethodError, match="no method given"):
         jaxft.TrainState.create(tiny_llama(), None, optax.sgd(1.0))
+
+
+def test_other_layers_are_another_adapter():
+    model = jaxft.attach(tiny_llama(), jaxft.LoRA(r=2, layers=(0,), target_modules=("q_proj",)))
+    with pytest.raises(jaxft.MethodError, match=r"delta.default is for layers \(0,\), the method's for \(1,\)"):
+        jaxft.TrainState.create(model, jaxft.LoRA(r=2, layers=(1,), target_modules=("q_proj",)), optax.sgd(1.0))
+
+
+def test_an_adapter_that_is_off_is_not_trained_silently():
+    model = jaxft.set_adapter(jaxft.attach(tiny_llama(), jaxft.LoRA(r=2)), None)
+    with pytest.raises(jaxft.MethodError, match="'default' has weight 0 and would not train"):
+        jaxft.TrainState.create(model, None, optax.sgd(1.0))
+
+
+@pytest.mark.parametrize(
+    "method", [jaxft.LoRA(r=2, bias="all") | jaxft.BitFit(), jaxft.LoRA(r=2, modules_to_save=("ln_f",)) | jaxft.Full()]
+)
+def test_parts_that_hide_each_other(method):
+    with pytest.raises(jaxft.MethodError, match=r"do not add up: .*\n  - transformer\..*saved\.default"):
+        jaxft.partition(jaxft.testing.tiny_gpt2(), method)
+
+
+def test_created_biases_are_in_the_written_config(tmp_path):
+    merged = jaxft.merge(trained(jaxft.BitFit(create=True), "default"))
+    again, _ = jaxft.load(jaxft.save_model(merged, tmp_path))
+    np.testing.assert_array_equal(again(IDS), merged(IDS))
+    assert again.config.attention_bias and again.config.mlp_bias
+
+
+def test_a_state_is_no_model(tmp_path):
+    state = jaxft.TrainState.create(tiny_llama(), jaxft.LoRA(r=2), optax.sgd(1.0))
+    for use in (
+        lambda s: jaxft.attach(s, jaxft.LoRA(), name="b"),
+        jaxft.merge,
+        lambda s: jaxft.save_model(s, tmp_path),
+    ):
+        with pytest.raises(jaxft.MethodError, match="state.model"):
+            use(state)
+    with pytest.raises(jaxft.GenerationError, match="state.model"):
+        jaxft.generate_ids(state, [[1]])
+
+
+def test_weights_that_are_no_numbers(two):
+    for weights in ({"a": "x"}, [float("nan"), 1.0]):
+        with pytest.raises(jaxft.MethodError, match="adapter weights"):
+            jaxft.set_adapter(two, weights)
+
+
+def test_no_method_means_the_one_that_is_there(two):
+    parts = jaxft.partition(two, None, name="b")
+    assert all(".b." in path for path in jaxft.leaves(parts[0]))
+    with pytest.raises(jaxft.MethodError, match="takes a TrainState, or a model and the method"):
+        jaxft.parameter_report(two)

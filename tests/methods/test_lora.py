@@ -162,6 +162,13 @@ def test_dropout_is_on_the_input_of_the_adapter_and_only_with_a_key():
         ({"init": "pissa"}, "init='pissa': choose one of"),
         ({"target_modules": ()}, "name at least one module"),
         ({"layers": (0,), "target_modules": ".*q_proj"}, "give target_modules as names"),
+        ({"layers": 0.5}, "layers=.*: give indices of layers"),
+        ({"rank_pattern": {"(": 2}}, "'\\(' is not a regular expression"),
+        ({"rank_pattern": ["q"]}, "give a dict of regular expressions and numbers"),
+        ({"layers_pattern": "("}, "is not a regular expression"),
+        ({"target_modules": 5}, "target_modules=.*: give names, or one regular expression"),
+        ({"exclude_modules": [3]}, "exclude_modules=.*: give names"),
+        ({"dropout": "x"}, "dropout='x'"),
     ],
 )
 def test_options_that_cannot_be(options, match):

@@ -108,3 +108,35 @@ def test_one_thing_in_two_places():
     model.blocks[1].kernel = model.blocks[0].kernel
     with pytest.raises(jaxft.MethodError, match="holds one thing in two places"):
         jaxft.attach(model, jaxft.LoRA(r=2))
+
+
+def test_adapters_in_different_layers_keep_their_weights():
+    """A layer that gets its seams later knows of the adapters before it."""
+
+    def moved(model, name):
+        for path, variable in jaxft.models.names.variables(model).items():
+            if f".{name}.b" in path:
+                variable.set_value(variable.get_value() + 0.3)
+        return model
+
+    a, b = jaxft.LoRA(r=2, target_modules=("blocks.0",)), jaxft.LoRA(r=2, target_modules=("blocks.1",))
+    first = moved(jaxft.attach(make(), a, name="a"), "a")
+    both = moved(jaxft.attach(first, b, name="b"), "b")
+    np.testing.assert_allclose(jaxft.set_adapter(both, "a")(X), first(X), atol=1e-6)
+    np.testing.assert_allclose(jaxft.detach(both, "b")(X), first(X), atol=1e-6)
+    only_b = jaxft.detach(both, "a")
+    np.testing.assert_allclose(jaxft.set_adapter(both, "b")(X), only_b(X), atol=1e-6)
+    assert np.abs(only_b(X) - first(X)).max() > 1e-3
+
+
+def test_copies_cannot_differ_by_row():
+    model = jaxft.attach(make(), METHODS["lora-saved"])
+    with pytest.raises(jaxft.MethodError, match="cannot differ by row in a model of your own"):
+        jaxft.set_adapter(model, [[1.0]] * 5)(X)
+
+
+def test_an_attribute_called_depth_is_no_stack():
+    model = make()
+    model.depth = 2
+    attached = jaxft.attach(model, METHODS["lora"])
+    np.testing.assert_array_equal(attached(X), make()(X))

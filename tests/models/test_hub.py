@@ -227,3 +227,54 @@ def test_a_failed_write_leaves_the_old_files(folder, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         jaxft.save_model(tiny_llama(seed=1), folder, Broken())
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to(tmp_path):
+    jaxft.save_model(tiny_llama(tie_word_embeddings=True), tmp_path)
+    table = "model.embed_tokens.weight"
+    rewrite(tmp_path, lambda tensors: tensors.__setitem__("lm_head.weight", tensors[table]))
+    jaxft.load(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.__setitem__("lm_head.weight", tensors[table] + 1))
+    refused(tmp_path, "lm_head.weight differs from the embedding: set tie_word_embeddings to false there")
+
+
+def test_dtypes_that_do_not_fit(folder):
+    for dtype in ("int8", "foo", 3):
+        refused(folder, "give float32, bfloat16 or float16", dtype=dtype)
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(0, 1e30))
+    refused(folder, "model.norm.scale has values too large for float16: load a wider dtype", dtype="float16")
+
+
+def test_buffers_that_are_no_floats_do_not_matter(tmp_path):
+    jaxft.save_model(tiny_gpt2(), tmp_path)
+    rewrite(tmp_path, lambda t: t.__setitem__("transformer.h.0.attn.bias", np.ones((1, 1, 128, 128), np.uint8)))
+    np.testing.assert_array_equal(jaxft.load(tmp_path)[0](IDS), tiny_gpt2()(IDS))
+
+
+@pytest.mark.parametrize("index", ["[1]", '"x"', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["x"]}}', "{"])
+def test_a_damaged_index(folder, index):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    refused(folder, "model.safetensors.index.json")
+
+
+def test_a_damaged_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+    (folder / "tokenizer_config.json").write_text("{}")
+    refused(folder, "its tokenizer cannot be read")
+
+
+def test_other_files_in_the_folder_stay(folder):
+    (folder / "model_backup.safetensors").write_bytes(b"mine")
+    jaxft.save_model(tiny_llama(), folder, shard_bytes=20_000)
+    assert (folder / "model_backup.safetensors").exists() and not (folder / "model.safetensors").exists()
+
+
+def test_an_abstract_model_is_neither_trained_nor_written(folder, tmp_path):
+    import optax
+
+    model, _ = jaxft.load(folder, abstract=True)
+    with pytest.raises(jaxft.MethodError, match="shapes for arrays"):
+        jaxft.TrainState.create(model, jaxft.LoRA(r=2), optax.sgd(1.0))
+    with pytest.raises(jaxft.MethodError, match="has shapes for arrays"):
+        jaxft.save_model(model, tmp_path / "x")

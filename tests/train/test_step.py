@@ -249,6 +249,8 @@ BAD = {
     "floats": ({**BATCH, "input_ids": np.ones((3, 12))}, "input_ids is float64; token ids are integers"),
     "outside": ({**BATCH, "input_ids": BATCH["input_ids"] + 60}, "the model's tokens are 0 to 63"),
     "labels outside": ({**BATCH, "labels": np.full((3, 12), -1)}, "labels holds -1 to -1"),
+    "lists": ({"input_ids": [[1, 2]], "labels": [[1, 2]]}, "input_ids is a list; give a numpy or jax array"),
+    "strings": ({**BATCH, "text": np.array(["a", "b", "c"])}, "text is a ndarray"),
     "no labels": ({"input_ids": BATCH["input_ids"]}, "the batch lacks labels"),
     "untrained": ({**BATCH, "labels": np.full((3, 12), -100)}, "every label is -100"),
     "first only": (
@@ -278,3 +280,10 @@ def test_rows_that_do_not_divide():
 def test_an_optimiser_that_is_none(tx):
     with pytest.raises(jaxft.OptimizerError, match="is no optimiser: give an optax.GradientTransformation"):
         jaxft.TrainState.create(tiny_llama(), jaxft.LoRA(), tx)
+
+
+def test_junk_ids_in_padding_are_no_fault(step):
+    junk = np.where(np.asarray(BATCH["attention_mask"]) == 0, 10**6, BATCH["input_ids"])
+    _, metrics = step(state_of(), {**BATCH, "input_ids": junk})
+    _, clean = step(state_of(), BATCH)
+    np.testing.assert_allclose(metrics["loss"], clean["loss"], rtol=1e-6)
