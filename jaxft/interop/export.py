@@ -38,9 +38,8 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
     ['config.json', 'model.safetensors']
     """
     if not isinstance(model, CausalLM) or any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model)):
-        raise MethodError(
-            f"a loaded model of jaxft is expected, this is a {type(model).__name__} (of a state: state.model)"
-        )
+        what = "has shapes for arrays" if isinstance(model, CausalLM) else f"is a {type(model).__name__}"
+        raise MethodError(f"a model of jaxft with its weights is expected, this {what} (of a state: state.model)")
     if adapters(model):
         raise MethodError(
             f"the model carries adapters ({', '.join(adapters(model))}): jaxft.merge(model) folds them in"

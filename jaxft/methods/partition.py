@@ -55,9 +55,8 @@ def _readopt(model: Any, method: Method, name: str) -> Any:
         else:
             new[path].set_value(have)
     held, holds = held_layers(model, name), held_layers(fresh, name)
-    wrong += [
-        f"{p} is for layers {held[p]}, the method's for {holds[p]}" for p in held if held[p] != holds.get(p, held[p])
-    ]
+    moved = [path for path in held if held[path] != holds.get(path, held[path])]
+    wrong += [f"{path} is for layers {held[path][0]}, the method's for {holds[path][0]}" for path in moved]
     headline = f"the model already carries an adapter {name!r} that {type(method).__name__} does not describe"
     refuse(MethodError, f"{headline}; give its own options, no method (None), or another name", wrong)
     if getattr(model, "adapter_weights", None) is not None:

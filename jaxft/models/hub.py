@@ -127,13 +127,11 @@ def fill(model: CausalLM, tensors: Tensors) -> None:
         ],
     )
     untied = spare & set(on_disk) and not same_table(tensors, on_disk["lm_head.weight"], on_disk[table_name(model)])
-    refuse(
-        CheckpointError,
-        f"{tensors.folder}: config.json says tie_word_embeddings, but the head is not the embedding",
-        ["lm_head.weight differs from the embedding: set tie_word_embeddings to false in config.json"]
-        if untied
-        else [],
-    )
+    if untied:
+        raise CheckpointError(
+            f"{tensors.folder}: config.json says tie_word_embeddings, but lm_head.weight differs from the embedding: "
+            "set tie_word_embeddings to false there"
+        )
     poisoned = []
     for named, leaf, variable in parameters(model):
         sources = [on_disk[f"{name}.{LEAF_NAMES[leaf]}"] for name in named.names]
@@ -170,7 +168,8 @@ def assemble(tensors: Tensors, sources: list[str], variable: nnx.Param[Any]) -> 
     whole = buffer.reshape(len(sources), *place.shape[-len(tensors.shapes[sources[0]]) :])
     for slot, source in zip(whole, sources, strict=True):
         tensor = tensors.read(source)
-        slot[...] = tensor.T if transposed else tensor
+        with np.errstate(over="ignore"):  # what a narrower dtype cannot hold is found, and named, afterwards
+            slot[...] = tensor.T if transposed else tensor
     return jnp.asarray(buffer)
 
 

@@ -31,9 +31,7 @@ def check_batch(batch: Mapping[str, Any], accumulate: int = 1, vocabulary: int |
             f"a batch is a dict of arrays, this is {type(batch).__name__}: give input_ids and labels [B, T]"
         )
     odd = [
-        f"{name} is a {type(x).__name__}; give an array of numpy or jax"
-        for name, x in batch.items()
-        if not _is_array(x)
+        f"{name} is a {type(x).__name__}; give a numpy or jax array" for name, x in batch.items() if not _is_array(x)
     ]
     refuse(BatchError, "a batch that cannot be trained on", odd or list(_problems(batch, accumulate, vocabulary)))
 
@@ -77,7 +75,9 @@ def _counted(name: str, batch: Mapping[str, Any]) -> Any:
     if name == "labels":
         return ids[ids != IGNORED]
     mask = batch.get("attention_mask")
-    return ids[np.asarray(mask) != 0] if mask is not None and _on_host(mask) else ids
+    if mask is None or np.shape(mask) != ids.shape or not _on_host(mask):
+        return ids
+    return ids[np.asarray(mask) != 0]
 
 
 def _on_host(x: Any) -> bool:
