@@ -92,8 +92,8 @@ class LoRA(Method):
             set_(field, frozen_names(getattr(self, field)))
         for field in ("rank_pattern", "alpha_pattern"):
             set_(field, frozen_pattern(getattr(self, field)))
-        saved: Any = self.modules_to_save or ()
-        set_("modules_to_save", (saved,) if isinstance(saved, str) else tuple(saved))
+        saved = frozen_names(self.modules_to_save or ())
+        set_("modules_to_save", (saved,) if isinstance(saved, str) else saved)
         if self.layers is not None:
             set_("layers", tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,))
         refuse(MethodError, "LoRA: options that cannot be", self._problems())

@@ -34,7 +34,8 @@ def frozen_pattern(value: Mapping[str, Any] | Iterable[tuple[str, Any]] | None) 
     """Return a pattern `{regular expression: number}` as pairs, in the order given: the first that matches wins."""
     if value is None:
         return ()
-    pairs = tuple(value.items()) if isinstance(value, Mapping) else tuple(value)
+    given: Any = value.items() if isinstance(value, Mapping) else value
+    pairs = tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         raise MethodError(f"pattern {value!r}: give a dict of regular expressions and numbers")
     return tuple((key, number) for key, number in pairs)

@@ -165,6 +165,8 @@ def test_dropout_is_on_the_input_of_the_adapter_and_only_with_a_key():
         ({"layers": 0.5}, "layers=.*: give indices of layers"),
         ({"rank_pattern": {"(": 2}}, "'\\(' is not a regular expression"),
         ({"rank_pattern": ["q"]}, "give a dict of regular expressions and numbers"),
+        ({"rank_pattern": 5}, "give a dict of regular expressions and numbers"),
+        ({"modules_to_save": 5}, "modules_to_save=.*: give names"),
         ({"layers_pattern": "("}, "is not a regular expression"),
         ({"target_modules": 5}, "target_modules=.*: give names, or one regular expression"),
         ({"exclude_modules": [3]}, "exclude_modules=.*: give names"),
