@@ -102,8 +102,9 @@ def _copies(n: Named, copies: Any, adapted: set[int]) -> Iterator[tuple[str, Ent
     for leaf, variable in sorted(vars(copies).items()):
         if isinstance(variable, nnx.Param):
             for key, entry in _leaf(n, leaf, variable, _held(n, copies)):
-                layer = n.names.index(key.rsplit(".", 1)[0])
-                yield key.replace(".bias", ".base_layer.bias") if layer in adapted else key, entry
+                module, kind = key.rsplit(".", 1)
+                wrapped = kind == "bias" and n.names.index(module) in adapted
+                yield f"{module}.base_layer.bias" if wrapped else key, entry
 
 
 def _leaf(n: Named, leaf: str, variable: Any, held: Any) -> Iterator[tuple[str, Entry]]:
