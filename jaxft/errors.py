@@ -32,6 +32,18 @@ class OptimizerError(JaxftError):
     """Something given as an optimiser that is none."""
 
 
+class ConfigError(JaxftError):
+    """A config file, or a value given on the command line, that is not what it should be."""
+
+
+class DataError(JaxftError):
+    """Rows that cannot be read, or cannot be turned into examples."""
+
+
+class RunError(JaxftError):
+    """A run folder that is in the way or is not one, or a package that a run needs and that is not installed."""
+
+
 class GenerationError(JaxftError):
     """A request for text that the model cannot serve."""
 

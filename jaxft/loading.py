@@ -1,11 +1,15 @@
-"""`jaxft.load`: a folder or hub id in, a model and its tokenizer out."""
+"""`jaxft.load`: a folder, hub id or run folder in, a model and its tokenizer out."""
 
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, RunError
+from .interop.folder import load_adapter
+from .methods.method import adapters
+from .methods.switch import set_adapter
 from .models.causal import CausalLM
 from .models.hub import load_model, resolve
+from .run import RunFolder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -16,7 +20,8 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        path_or_hub_id: A folder in Hugging Face layout with safetensors, one file or a sharded index, or a hub id.
+        path_or_hub_id: A folder in Hugging Face layout with safetensors, one file or a sharded index; a hub id; or the
+            folder of a finished run: its model, or the model that it began with and its adapter, active.
         dtype: Dtype of parameters and computation, `jnp.bfloat16` or `"bfloat16"` say; None: the checkpoint's own.
         remat: `"none"`, or `"full"`: recompute each layer in the backward pass, for memory.
         abstract: Shapes for arrays: no weights are read (nor needed), for reports and plans.
@@ -34,10 +39,39 @@ def load(
     >>> model.dtype.name, tokenizer is None
     ('bfloat16', True)
     """
+    run = RunFolder(path_or_hub_id)
+    if run.started:
+        return load_run(run, dtype=dtype, remat=remat, abstract=abstract)
     folder = resolve(path_or_hub_id)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=dtype, remat=remat, abstract=abstract, source=str(path_or_hub_id))
     return model, tokenizer
+
+
+def load_run(run: RunFolder, *, dtype: Any = None, remat: str = "none", abstract: bool = False) -> tuple[CausalLM, Any]:
+    """Return the model that a finished run has made, and its tokenizer. Arguments as of `load`.
+
+    An adapter gets the first name that is free: "default", and over another run's adapter "default_2".
+
+    Raises:
+        RunError: The run has not finished.
+    """
+    if not run.finished:
+        raise RunError(f"{run.path}: the run has not finished, so there is no model yet; go on with --resume")
+    if run.model.is_dir():
+        return load(run.model, dtype=dtype, remat=remat, abstract=abstract)
+    config = run.config()
+    model, tokenizer = load(config.model.path, dtype=dtype or config.model.dtype, remat=remat, abstract=abstract)
+    if abstract:
+        raise RunError(f"{run.path}: an adapter is read with its weights; give the base model for shapes alone")
+    model = load_adapter(model, run.adapter, name=free_name(model))
+    return (set_adapter(model, dict.fromkeys(adapters(model), 1.0)) if adapters(model) else model), tokenizer
+
+
+def free_name(model: Any) -> str:
+    """Return the name of the next adapter: "default", "default_2", ..."""
+    n = len(adapters(model)) + 1
+    return "default" if n == 1 else f"default_{n}"
 
 
 def load_tokenizer(folder: Path) -> Any:

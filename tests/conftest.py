@@ -27,3 +27,11 @@ def _forget_compiled():
     """Free what a module compiled: the suite makes hundreds of programs."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A real tokenizer, with a begin token that it adds and an end token."""
+    from texts import make_tokenizer
+
+    return make_tokenizer()

@@ -66,6 +66,17 @@ def abstract_model(config: Any) -> CausalLM:
     return jax.tree.map(shaped, model)
 
 
+def fresh_model(config: Any, seed: int = 0) -> Any:
+    """Return the model of a config with random parameters, in the config's dtype."""
+    family: Any = next(f for f in FAMILIES.values() if f.config_class is type(config))
+
+    @jax.jit
+    def make() -> Any:
+        return jax.tree.map(lambda x: x.astype(config.dtype), family(config, rngs=nnx.Rngs(seed)))
+
+    return make()
+
+
 def load_model(
     folder: Path, *, dtype: Any = None, remat: str = "none", abstract: bool = False, source: str = ""
 ) -> CausalLM:

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from ..models.config import ModelConfig
 from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
+from ..models.hub import fresh_model
 from ..models.llama import LlamaConfig, LlamaForCausalLM
 
 LLAMA = {
@@ -40,7 +38,7 @@ def tiny_llama(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, 
     True
     """
     config = LlamaConfig.from_raw({**LLAMA, **raw}, remat=remat, dtype=jnp.dtype(dtype))
-    return random_model(LlamaForCausalLM, config, seed)
+    return fresh_model(config, seed)
 
 
 def tiny_gpt2(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> GPT2LMHeadModel:
@@ -50,17 +48,7 @@ def tiny_gpt2(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, *
     3
     """
     config = GPT2Config.from_raw({**GPT2, **raw}, remat=remat, dtype=jnp.dtype(dtype))
-    return random_model(GPT2LMHeadModel, config, seed)
-
-
-def random_model(family: Any, config: ModelConfig, seed: int) -> Any:
-    """Return a model of a config with fresh parameters, in the config's dtype."""
-
-    @jax.jit
-    def make() -> Any:
-        return jax.tree.map(lambda x: x.astype(config.dtype), family(config, rngs=nnx.Rngs(seed)))
-
-    return make()
+    return fresh_model(config, seed)
 
 
 class ToyTokenizer:
@@ -72,8 +60,9 @@ class ToyTokenizer:
 
     eos_token_id = 0
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        """Turn a text into ids."""
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """Turn a text into ids; there is no begin token to add."""
+        del add_special_tokens
         return {"input_ids": [ord(letter) - 96 for letter in text]}
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:

@@ -1,0 +1,169 @@
+"""The command line: `jaxft train CONFIG`, and what is done before and after."""
+
+import sys
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from .errors import JaxftError, RunError
+
+app = typer.Typer(
+    name="jaxft",
+    help="Fine-tune models in JAX: a config in, a run folder out.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+ConfigFile = Annotated[str, typer.Argument(help="A YAML config.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Another value for a key of the config.", metavar="key.sub=value")
+]
+
+
+class Form(StrEnum):
+    """What can be exported."""
+
+    peft = "peft"
+    merged = "merged"
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    sets: Overrides = None,
+    output: Annotated[str | None, typer.Option(help="Another folder for the run.", metavar="DIR")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+) -> None:
+    """Train, and leave a run folder."""
+    from .run import RunFolder
+
+    read = _config(config, sets, output)
+    run = RunFolder(read.output)
+    if resume and run.finished:
+        print(f"{run.path}: the run has finished; nothing is left to do")
+        return
+    run.check_free(read, resume=resume)
+    from .tasks.train import Job, sample_pairs
+
+    job = Job(read, resume=resume)
+    print(f"{job.steps:,} steps of {read.train.batch_size} rows on {_device()}, remat {job.remat}")
+    summary = job.train()
+    _show(summary, sample_pairs(run))
+
+
+@app.command()
+def validate(config: ConfigFile, sets: Overrides = None) -> None:
+    """Check config, data, model and method; train nothing, write nothing."""
+    from .tasks.train import Job
+
+    job = Job(_config(config, sets))
+    print(f"{config}: good; {job.steps:,} steps")
+
+
+@app.command()
+def evaluate(
+    run_or_config: Annotated[str, typer.Argument(help="A run's folder, or a config.", metavar="RUN|CONFIG")],
+    sets: Overrides = None,
+) -> None:
+    """Evaluate a finished run, or the model that a config begins with, on the held-out rows."""
+    from .config import load_config
+    from .run import CONFIG, RunFolder
+    from .tasks import use
+
+    run = RunFolder(run_or_config)
+    is_run = run.path.is_dir()
+    if is_run and not run.started:
+        raise RunError(f"{run.path}: this folder is no run (it holds no {CONFIG})")
+    config = load_config(run.path / CONFIG if is_run else run_or_config, sets or ())
+    for name, value in use.evaluate(config, run=run if is_run else None).items():
+        print(f"{name} {value:.6f}")
+
+
+@app.command()
+def generate(
+    run_or_model: Annotated[str, typer.Argument(help="A run, a model folder or a hub id.", metavar="RUN_OR_MODEL")],
+    prompt: Annotated[list[str], typer.Option(help="A text to answer; may be given several times.")],
+    adapter: Annotated[str | None, typer.Option(help="An adapter to load, peft's or ours.", metavar="DIR")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens; above: drawn ones.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave out the form that the run was trained on.")] = False,
+) -> None:
+    """Let a run answer, or a model continue, a prompt."""
+    from .tasks import use
+
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    for text in use.generate(run_or_model, prompt, adapter=adapter, raw=raw, **options):
+        print(text)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A finished run's folder.", metavar="RUN")],
+    format: Annotated[Form, typer.Option(help="peft: the adapter; merged: a whole model.")],
+    output: Annotated[str, typer.Option(help="A new folder.", metavar="DIR")],
+) -> None:
+    """Write what a run has made, for peft or transformers to load."""
+    from .run import CONFIG, RunFolder
+    from .tasks import use
+
+    folder = RunFolder(run)
+    if not folder.started:
+        raise RunError(f"{folder.path}: this is no run's folder (it holds no {CONFIG})")
+    print(use.export(folder, format.value, output))
+
+
+def _config(file: str, sets: list[str] | None, output: str | None = None) -> Any:
+    from .config import load_config
+
+    return load_config(file, [*(sets or ()), *([f"output={output}"] if output else [])])
+
+
+def _device() -> str:
+    import jax
+
+    devices = jax.devices()
+    return f"{len(devices)} {devices[0].device_kind}"
+
+
+def _show(summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    """Print the end of a run: samples, figures at both ends, and where things lie."""
+    for row in samples:
+        lines = {"prompt": row["prompt"], "expected": row["expected"], "before": row["before"], "after": row["after"]}
+        print("\n" + "\n".join(f"{name:>9} {text.strip()!r}" for name, text in lines.items()))
+    print()
+    for name, after in summary["after"].items():
+        before = summary["before"].get(name)
+        print(f"{name:20} {before:.4f} -> {after:.4f}" if isinstance(before, float) else f"{name:20} {after}")
+    print(f"trained {summary['trainable_parameters']:,} parameters ({summary['trainable_percent']:.2f} %)")
+    print(f"{summary['steps']:,} steps in {summary['seconds']:.0f} s")
+    kind = "adapter" if "adapter" in summary else "model"
+    print(f"{kind} in {summary[kind]}, curves in {summary['report']}")
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends with its message and exit code 2, never with a traceback."""
+    import logging
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its advice is for its own models
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        app()
+    except JaxftError as error:
+        sys.exit(_refused(str(error)))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(_refused(f"{where}{error.strerror or error}"))
+    except KeyboardInterrupt:
+        print("interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _refused(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

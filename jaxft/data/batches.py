@@ -1,0 +1,131 @@
+"""Batches of equal work: rows of like length together, padded to few widths, in one exact order."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from .source import Dataset
+from .tokens import IGNORED, Example
+
+Batch = dict[str, np.ndarray[Any, Any]]
+NARROWEST = 32
+WINDOW = 16  # batches whose rows are sorted by length together
+
+
+def width_of(length: int) -> int:
+    """Return the width that a row is padded to: 32, 48, 64, 96, 128, 192, ..., so that few programs are compiled.
+
+    >>> [width_of(n) for n in (1, 33, 64, 65, 200)]
+    [32, 48, 64, 96, 256]
+    """
+    width = NARROWEST
+    while width < length:
+        width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
+    return width
+
+
+def collate(examples: Sequence[Example], *, rows: int | None = None) -> Batch:
+    """Pad examples to one width.
+
+    Args:
+        examples: Rows of any lengths.
+        rows: Rows of the batch; missing ones are padding and count nothing.
+
+    Returns:
+        `input_ids`, `labels` (-100 at padding) and `attention_mask`, each `[rows, width]` int32. What id stands in the
+        padding means nothing, so a tokenizer without a pad token will do, and a pad token that is the end token too.
+
+    >>> from jaxft.data.tokens import example
+    >>> collate([example([5, 6, 7], [False, True, True])])["labels"][0, :4].tolist()
+    [-100, 6, 7, -100]
+    """
+    shape = (rows or len(examples), width_of(max(map(len, examples))))
+    ids, labels, mask = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32), np.zeros(shape, np.int32)
+    for i, row in enumerate(examples):
+        ids[i, : len(row)], labels[i, : len(row)], mask[i, : len(row)] = row.input_ids, row.labels, 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+class TrainBatches:
+    """The batches of a training run, by number: batch n is the same whenever it is asked for.
+
+    The rows come in an endless order, shuffled anew each time round; of a mixture, each source as often as its weight
+    says, within one row at every point of the order. Of 16 batches the rows are sorted by length and dealt out in
+    order, so that a batch holds rows of like length; then the 16 change places.
+
+    Args:
+        datasets: One data set, or the sources of a mixture.
+        batch_size: Rows of a batch.
+        seed: Of every order.
+
+    Raises:
+        DataError: Fewer rows than one batch.
+
+    >>> from jaxft.data.tokens import example
+    >>> rows = [example([i, i], [True, True]) for i in range(10)]
+    >>> batches = TrainBatches([Dataset(rows)], batch_size=2, seed=0)
+    >>> sorted(int(i) for n in range(5) for i in batches[n]["input_ids"][:, 0])
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], *, batch_size: int, seed: int = 0):
+        self.rows = sum(map(len, datasets))
+        if self.rows < batch_size:
+            raise DataError(f"{self.rows} rows are fewer than one batch of {batch_size}: lower train.batch_size")
+        import grain
+
+        orders = [
+            grain.MapDataset.source(list(range(len(data))))
+            .seed(seed + i)
+            .shuffle()
+            .repeat()
+            .map(lambda row, i=i: (i, row))
+            for i, data in enumerate(datasets)
+        ]
+        weights = np.array([data.weight for data in datasets], float)
+        self.order = grain.MapDataset.mix(orders, (weights / weights.sum()).tolist()) if len(orders) > 1 else orders[0]
+        self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
+        self._window: tuple[int, list[list[Example]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return 1 << 40  # endless, for what asks
+
+    def __getitem__(self, n: int) -> Batch:
+        """Return batch n."""
+        return collate(self.examples(n), rows=self.batch_size)
+
+    def examples(self, n: int) -> list[Example]:
+        """Return the rows of batch n."""
+        window, place = divmod(n, WINDOW)
+        if self._window[0] != window:
+            self._window = (window, self._deal(window))
+        return self._window[1][place]
+
+    def _deal(self, window: int) -> list[list[Example]]:
+        size = self.batch_size
+        picked = [self.order[i] for i in range(window * WINDOW * size, (window + 1) * WINDOW * size)]
+        rows = sorted((self.datasets[source].examples[row] for source, row in picked), key=len)
+        places = np.random.default_rng([self.seed, window]).permutation(WINDOW)
+        return [rows[p * size : (p + 1) * size] for p in places]
+
+    def iterate(self, start: int = 0) -> Any:
+        """Return an iterator over batches from number `start`, made ahead by grain in a thread."""
+        import grain
+
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        return iter(grain.MapDataset.source(self)[start:].to_iter_dataset(ahead))
+
+
+def eval_batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
+    """Yield every example once, rows of like length together; the last batch is filled up with padding.
+
+    >>> from jaxft.data.tokens import example
+    >>> rows = [example([i] * 3, [True] * 3) for i in range(3)]
+    >>> [int((batch["attention_mask"].sum(1) > 0).sum()) for batch in eval_batches(rows, 2)]
+    [2, 1]
+    """
+    order = sorted(examples, key=len)
+    for start in range(0, len(order), batch_size):
+        yield collate(order[start : start + batch_size], rows=batch_size)

@@ -1,0 +1,99 @@
+"""What the columns of a row mean: one function a format, from columns to an example."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import DataError
+from .chat import ROLES, encode_chat
+from .rows import SHOWN
+from .templates import Template
+from .tokens import Example, closed, continuing, example, opening
+
+Encode = Callable[[Any, Mapping[str, Any], Template], Example]
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def prompt_and_completion(tokenizer: Any, prompt: str, completion: str) -> Example:
+    """Tokenise a prompt and its completion apart, join them, and train the completion and the end token.
+
+    Apart, since jointly the border between them moves: a token that holds the end of one and the beginning of the
+    other does not exist when the model is asked.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        prompt: What is given.
+        completion: What should follow.
+
+    Returns:
+        The example.
+    """
+    first = opening(tokenizer, prompt)
+    second = closed(tokenizer, continuing(tokenizer, completion))
+    trained = [False] * len(first) + [True] * len(second)
+    return example([*first, *second], trained, prompt=len(first), answer=completion)
+
+
+def _instruction(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> Example:
+    texts = {name: _text(fields, name) for name in ("instruction", "output")}
+    given = fields.get("input")
+    texts["input"] = _text(fields, "input", empty=True) if given is not None else ""
+    return prompt_and_completion(tokenizer, template.render(texts), texts["output"])
+
+
+def _prompt_completion(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> Example:
+    del template
+    return prompt_and_completion(tokenizer, _text(fields, "prompt"), _text(fields, "completion"))
+
+
+def _messages(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> Example:
+    del template
+    turns = fields.get("messages")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise DataError(f"messages: a list of turns is expected, {_lacks('messages', fields)}")
+    said = [{"role": _role(turn), "content": _text(turn, "content", empty=True)} for turn in turns]
+    answers = [turn["content"] for turn in said if turn["role"] == "assistant"]
+    if not any(answer.strip() for answer in answers):
+        raise DataError("messages: the assistant says nothing in this conversation, so nothing would be trained")
+    return encode_chat(tokenizer, said)
+
+
+def _document(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> Example:
+    del template
+    ids = closed(tokenizer, opening(tokenizer, _text(fields, "text")))
+    return example(ids, [True] * len(ids))
+
+
+FORMATS: dict[str, Encode] = {
+    "instruction": _instruction,
+    "prompt_completion": _prompt_completion,
+    "messages": _messages,
+    "text": _document,
+}
+
+
+def _role(turn: Mapping[str, Any]) -> str:
+    role = _text(turn, "role")
+    if role not in ROLES:
+        raise DataError(f"messages: unknown role {role!r}; there are {', '.join(ROLES)}")
+    return role
+
+
+def _text(fields: Mapping[str, Any], name: str, *, empty: bool = False) -> str:
+    """Return a column that must hold text."""
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise DataError(f"{name}: text is expected, {_lacks(name, fields)}")
+    if not empty and not value.strip():
+        raise DataError(f"{name}: it is empty")
+    bad = SURROGATE.search(value)
+    if bad:
+        raise DataError(f"{name}: half a character (a lone surrogate) at {bad.start()}: {value[:SHOWN]!a}")
+    return value
+
+
+def _lacks(name: str, fields: Mapping[str, Any]) -> str:
+    if name not in fields:
+        return f"the row has no such column; it has {', '.join(map(repr, fields)) or 'none'}"
+    value = fields[name]
+    return f"this is {'null' if value is None else type(value).__name__}: {str(value)[:SHOWN]}"

@@ -1,0 +1,1 @@
+"""Tasks: data, loss and loop wired together, each for one kind of fine-tuning."""

@@ -1,0 +1,219 @@
+"""Supervised fine-tuning: instructions, conversations or plain text, by any method."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from ..config import Config, Source
+from ..data import Dataset, Template, TrainBatches, load_dataset
+from ..data.tokens import Example
+from ..errors import BatchError, DataError, RunError, refuse
+from ..loading import free_name, load, load_run, load_tokenizer
+from ..losses.language import next_token_loss
+from ..methods import Full, Method
+from ..methods.merge import merge
+from ..methods.method import adapters, parts_of
+from ..models.hub import fresh_model, read_config, resolve
+from ..run import RunFolder
+from ..scores import SCORES, check_scores, exact_match
+from ..train.evaluate import evaluate_loss, write_answers
+from ..train.optimizer import make_optimizer, make_schedule
+from ..train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The rows of a run: tokenizer, training sources, held-out sources."""
+
+    tokenizer: Any
+    train: tuple[Dataset, ...]
+    held_out: tuple[Dataset, ...]
+
+    def notes(self) -> list[str]:
+        """Say what was read, and what was left out of it."""
+        said = []
+        for kind, data in [("train", d) for d in self.train] + [("eval", d) for d in self.held_out]:
+            said.append(f"{kind}: {len(data):,} rows of {data.name}" + (f", {data.cut:,} cut" if data.cut else ""))
+            for rows, why in ((data.skipped, "bad rows left out"), (data.dropped, "rows left out")):
+                if rows:
+                    said.append(f"  {len(rows):,} {why}:")
+                    said += [f"    {row}" for row in rows[:5]] + ["    ..."] * (len(rows) > 5)
+        return said
+
+
+def base_of(config: Config) -> tuple[RunFolder | None, Any]:
+    """Return the run whose result a config begins with, None where it is a plain model; and the tokenizer.
+
+    Raises:
+        DataError: The folder has no tokenizer.
+    """
+    run = RunFolder(config.model.path)
+    at = run
+    while at.started and not at.model.is_dir():
+        at = RunFolder(at.config().model.path)  # the adapter's base may be a run too
+    folder = at.model if at.started else resolve(config.model.path)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise DataError(f"{folder}: it holds no tokenizer (tokenizer.json), which turns the rows into tokens")
+    return (run if run.started else None), tokenizer
+
+
+def load_data(config: Config, *, train: bool = True) -> Data:
+    """Read the rows of a config; every bad one is named before a model is loaded.
+
+    Raises:
+        DataError: Sources that cannot be read, or bad rows.
+    """
+    _, tokenizer = base_of(config)
+    template = Template(**config.data.template.model_dump()) if config.data.template else None
+    problems: list[str] = []
+
+    def read(source: Source) -> Dataset:
+        try:
+            return load_dataset(
+                source.path,
+                tokenizer,
+                format=source.format,
+                max_length=config.data.max_length,
+                template=template,
+                columns=source.columns,
+                split=source.split,
+                skip_bad_rows=config.data.skip_bad_rows,
+                name=source.name,
+                weight=source.weight,
+            )
+        except DataError as error:
+            problems.append(str(error))
+            return Dataset([])
+
+    training = tuple(map(read, config.data.train)) if train else ()
+    held_out = tuple(map(read, config.data.eval or ()))
+    refuse(DataError, "data that cannot be used", problems)
+    limit = config.evaluation.rows
+    held_out = tuple(dataclasses.replace(d, examples=d.examples[:limit]) for d in held_out)
+    return Data(tokenizer, training, held_out)
+
+
+def load_state(config: Config, steps: int) -> TrainState:
+    """Load the model, attach the method and start the optimiser.
+
+    Over a run's adapter, a config without a method goes on training that adapter; one with a method leaves it frozen
+    beneath. Full fine-tuning merges it first.
+    """
+    run, _ = base_of(config)
+    remat = choose_remat(config)
+    method = config.make_method()
+    model = load_base(config, run, remat)
+    name = free_name(model)
+    if method is None:
+        if run is None or run.model.is_dir():
+            raise RunError("method is left out: it may be, where model.path is a run with an adapter to go on with")
+        method = run.config().make_method() or _inherited(run)
+        name = next(reversed(adapters(model)), "default")
+        kept = None if name in adapters(model) else method
+        return TrainState.create(model, kept, _optimizer(config, steps), seed=config.train.seed, name=name)
+    if adapters(model) and any(isinstance(part, Full) for part in parts_of(method)):
+        model, name = merge(model), "default"
+    return TrainState.create(model, method, _optimizer(config, steps), seed=config.train.seed, name=name)
+
+
+def _inherited(run: RunFolder) -> Method:
+    """Return the method of a run that itself went on with an earlier run's."""
+    earlier = RunFolder(run.config().model.path)
+    return earlier.config().make_method() or _inherited(earlier)
+
+
+def load_base(config: Config, run: RunFolder | None, remat: str) -> Any:
+    """Return the model that a config begins with: loaded, a run's, or random by its `config.json` alone."""
+    dtype = config.model.dtype
+    if run is not None:
+        return load_run(run, dtype=dtype, remat=remat)[0]
+    if config.model.init == "random":
+        shape = read_config(resolve(config.model.path), dtype=dtype or "float32", remat=remat, source=config.model.path)
+        return fresh_model(shape, config.train.seed)
+    return load(config.model.path, dtype=dtype, remat=remat)[0]
+
+
+def choose_remat(config: Config) -> str:
+    """Return what the backward pass recomputes: with `auto` everything on an accelerator, where memory is dear."""
+    if config.model.remat != "auto":
+        return config.model.remat
+    return "none" if jax.default_backend() == "cpu" else "full"
+
+
+def _optimizer(config: Config, steps: int) -> Any:
+    o = config.optimizer
+    moments = {"b1": o.b1, "b2": o.b2, "eps": o.eps}
+    return make_optimizer(
+        o.name, schedule_of(config, steps), weight_decay=o.weight_decay, clip_norm=o.clip_norm, **moments
+    )
+
+
+def schedule_of(config: Config, steps: int) -> Any:
+    """Return the learning rate of a config by step."""
+    o = config.optimizer
+    return make_schedule(o.schedule, o.learning_rate, steps=steps, warmup_steps=o.warmup_steps)
+
+
+def steps_of(config: Config, batches: TrainBatches) -> int:
+    """Return the steps of a run: those asked for, or enough to see every row `epochs` times."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return math.ceil((config.train.epochs or 1) * batches.rows / config.train.batch_size)
+
+
+def check_vocabulary(data: Data, model: Any) -> None:
+    """Refuse rows with tokens that the model does not know.
+
+    Raises:
+        BatchError: The tokenizer is not this model's.
+    """
+    known = model.config.vocab_size
+    for part in (*data.train, *data.held_out):
+        for row in part.examples:
+            if int(row.input_ids.max()) >= known:
+                raise BatchError(
+                    f"{row.place}: it has the token {int(row.input_ids.max())}, but the model knows {known}: the "
+                    "tokenizer is not this model's"
+                )
+
+
+def evaluate(
+    model: Any, config: Config, data: Data, batch_size: int
+) -> tuple[dict[str, float], list[tuple[Example, str]]]:
+    """Return the figures of a model on the held-out rows, and the answers it wrote where answers are asked for."""
+    figures = evaluate_loss(model, next_token_loss, data.held_out, batch_size=batch_size)
+    e = config.evaluation
+    if not (e.exact_match or e.scores or e.samples):
+        return figures, []
+    written: list[tuple[Example, str]] = []
+    for part in data.held_out:
+        rows = [row for row in part.examples if row.answer is not None and row.prompt]
+        if not (e.exact_match or e.scores):
+            rows = rows[: max(0, e.samples - len(written))]
+        if rows:
+            answers = write_answers(
+                model, data.tokenizer, rows, max_new_tokens=e.max_new_tokens, batch_size=min(32, len(rows))
+            )
+            written += zip(rows, answers, strict=True)
+            if len(data.held_out) > 1:
+                figures = {**_judge(config, written[-len(rows) :], f"/{part.name}"), **figures}
+    return {**figures, **_judge(config, written)}, written
+
+
+def _judge(config: Config, written: list[tuple[Example, str]], suffix: str = "") -> dict[str, float]:
+    expected, said = [str(row.answer) for row, _ in written], [answer for _, answer in written]
+    if not written:
+        return {}
+    figures = {f"accuracy{suffix}": exact_match(said, expected)} if config.evaluation.exact_match else {}
+    return figures | {f"{name}{suffix}": SCORES[name](said, expected) for name in config.evaluation.scores}
+
+
+def check_evaluation(config: Config, data: Data) -> None:
+    """Refuse an evaluation that could not be made at the end: before the run, not after it."""
+    check_scores(config.evaluation.scores)
+    wanted = config.evaluation.exact_match or config.evaluation.scores
+    if wanted and not any(row.answer is not None for part in data.held_out for row in part.examples):
+        raise DataError("evaluation.exact_match and scores compare answers, but rows of format text have none")

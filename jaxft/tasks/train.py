@@ -1,0 +1,190 @@
+"""A run from config to summary: check everything, train, evaluate at both ends, write what was made."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ..config import Config
+from ..data import TrainBatches
+from ..interop.export import save_model
+from ..interop.folder import save_adapter
+from ..losses.language import next_token_loss
+from ..methods import Full
+from ..methods.method import parts_of
+from ..methods.report import parameter_report
+from ..report import plot_curves
+from ..run import RunFolder
+from ..train.checkpoint import Checkpoints
+from ..train.evaluate import prefixed
+from ..train.loop import fit
+from ..train.progress import Progress
+from ..train.state import TrainState
+from ..train.step import make_train_step
+from ..train.trackers import check_trackers, make_trackers
+from . import sft
+
+Say = Callable[[str], None]
+
+
+class Job:
+    """A run that has passed every check, and has written nothing yet.
+
+    Args:
+        config: Of the run.
+        resume: Go on with the newest checkpoint of the output folder.
+        say: Gets lines for a person to read.
+
+    Raises:
+        JaxftError: Whatever is wrong with config, data, model or method.
+    """
+
+    def __init__(self, config: Config, *, resume: bool = False, say: Say = print):
+        self.config, self.say, self.run, self.resume = config, say, RunFolder(config.output), resume
+        self.data = sft.load_data(config)
+        sft.check_evaluation(config, self.data)
+        check_trackers(config.trackers)
+        self.batches = TrainBatches(self.data.train, batch_size=config.train.batch_size, seed=config.train.seed)
+        self.steps = sft.steps_of(config, self.batches)
+        self.schedule = sft.schedule_of(config, self.steps)
+        self.remat = sft.choose_remat(config)
+        self.state = sft.load_state(config, self.steps)
+        sft.check_vocabulary(self.data, self.state.frozen)
+        self.eval_batch_size = config.evaluation.batch_size or config.train.batch_size
+        for line in self.data.notes():
+            say(line)
+        self.parameters = parameter_report(self.state)
+        say(str(self.parameters).splitlines()[0])
+
+    def train(self) -> dict[str, Any]:
+        """Train, and return the summary that was written.
+
+        Raises:
+            RunError: The output folder is in use, nothing finite comes out of the steps, or a file cannot be written.
+        """
+        config, run = self.config, self.run
+        run.check_free(config, resume=self.resume)
+        if not self.resume:
+            run.begin(config)
+        with Checkpoints(run.checkpoints, keep=config.train.keep) as checkpoints:
+            state = self._start(checkpoints)
+            trackers = make_trackers(config.trackers, run.path, config.model_dump(mode="json"))
+            first = int(state.step)
+            if first == 0:
+                self._evaluate(state, trackers)
+            seconds = time.perf_counter()
+            with Progress(self.steps, start=first) as progress:
+
+                def log(n: int, figures: dict[str, float]) -> None:
+                    rate = {"learning_rate": float(self.schedule(n - 1))}
+                    for tracker in trackers:
+                        tracker.log(n, {"loss": figures["loss"], **rate, **figures})
+                    progress.update(n, loss=figures["loss"], tokens_per_second=figures["tokens_per_second"])
+
+                def look(state: TrainState) -> None:
+                    figures = self._evaluate(state, trackers)
+                    progress.say(f"step {int(state.step)}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+
+                hooks: dict[Callable[[TrainState], None], int] = {}
+                if config.data.eval:
+                    hooks[look] = config.train.eval_every or self.steps
+                hooks[checkpoints.save] = config.train.save_every or self.steps
+                state = fit(
+                    state,
+                    make_train_step(next_token_loss, accumulate=config.train.accumulate),
+                    self.batches.iterate(first),
+                    steps=self.steps,
+                    log_every=config.train.log_every,
+                    log=log,
+                    hooks=hooks,
+                )
+            checkpoints.save(state)
+            if config.data.eval and self._last_evaluated() != self.steps:
+                self._evaluate(state, trackers)
+            seconds = time.perf_counter() - seconds
+            for tracker in trackers:
+                tracker.finish()
+        return self._finish(state, seconds)
+
+    def _start(self, checkpoints: Checkpoints) -> TrainState:
+        if not self.resume or checkpoints.latest is None:
+            if self.resume:
+                self.say("no checkpoint has been written yet: the run begins at step 0")
+                self.run.rewind(-1)
+            return self.state
+        state = checkpoints.restore(self.state)
+        self.run.rewind(int(state.step))
+        self.say(f"going on after step {int(state.step)}")
+        return state
+
+    def _evaluate(self, state: TrainState, trackers: list[Any]) -> dict[str, float]:
+        if not self.config.data.eval:
+            return {}
+        step, model = int(state.step), state.model
+        figures, written = sft.evaluate(model, self.config, self.data, self.eval_batch_size)
+        figures = prefixed(figures)
+        for tracker in trackers:
+            tracker.log(step, figures)
+        shown = self.config.evaluation.samples
+        every = max(1, len(written) // shown) if shown else 1
+        self.run.add_samples(
+            [
+                {
+                    "step": step,
+                    "prompt": self.data.tokenizer.decode(row.input_ids[: row.prompt], skip_special_tokens=True),
+                    "expected": row.answer,
+                    "answer": answer,
+                }
+                for row, answer in written[::every][:shown]
+            ]
+        )
+        return figures
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        return [row for row in self.run.records(self.run.metrics) if "eval_loss" in row]
+
+    def _last_evaluated(self) -> int:
+        return max((row["step"] for row in self._evaluations()), default=-1)
+
+    def _finish(self, state: TrainState, seconds: float) -> dict[str, Any]:
+        whole = any(isinstance(part, Full) for part in parts_of(state.method))
+        if whole:
+            made = save_model(state.model, self.run.model, self.data.tokenizer)
+        else:
+            made = save_adapter(state, self.run.adapter)
+        picture = plot_curves(self.run.metrics, self.run.report / "curves.png", title=str(self.run.path))
+        evaluations = self._evaluations()
+        logged = [row for row in self.run.records(self.run.metrics) if "tokens_per_second" in row]
+        summary = {
+            "before": _without_step(evaluations[0]) if evaluations else {},
+            "after": _without_step(evaluations[-1]) if evaluations else {},
+            "steps": self.steps,
+            "loss": logged[-1]["loss"],
+            "tokens_per_second": logged[-1]["tokens_per_second"],
+            "trainable_parameters": self.parameters.trainable,
+            "total_parameters": self.parameters.total,
+            "trainable_percent": self.parameters.percent,
+            "seconds": seconds,
+            "model" if whole else "adapter": str(made),
+            "report": str(picture),
+            "device": jax.devices()[0].device_kind,
+        }
+        self.run.finish(summary)
+        return summary
+
+
+def sample_pairs(run: RunFolder) -> list[dict[str, Any]]:
+    """Return the samples of a run, each with what was answered before and after."""
+    rows = run.records(run.samples)
+    last = max((row["step"] for row in rows), default=0)
+    before = {(row["prompt"], row["expected"]): row["answer"] for row in rows if row["step"] == 0}
+    return [
+        {**row, "before": before.get((row["prompt"], row["expected"]), ""), "after": row["answer"]}
+        for row in rows
+        if row["step"] == last
+    ]
+
+
+def _without_step(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "step"}

@@ -1,0 +1,103 @@
+"""What is done with a finished run or a plain model: evaluate, write text, export."""
+
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..data import Template
+from ..data.chat import chat_prompt
+from ..data.tokens import opening
+from ..errors import CheckpointError, RunError
+from ..generation.generate import generate_ids
+from ..interop.export import save_model
+from ..interop.folder import load_adapter, save_adapter
+from ..loading import load
+from ..methods import LoRA
+from ..methods.merge import merge
+from ..methods.method import adapters
+from ..run import RunFolder
+from ..train.evaluate import prefixed
+from . import sft
+
+
+def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float]:
+    """Return the figures on the held-out rows: of a finished run, or of the model that a config begins with.
+
+    Raises:
+        RunError: The config names no held-out rows.
+    """
+    if not config.data.eval:
+        raise RunError("there are no held-out rows to evaluate on: set data.eval (--set data.eval=FILE)")
+    data = sft.load_data(config, train=False)
+    sft.check_evaluation(config, data)
+    base, _ = sft.base_of(config)
+    model = load(run.path, dtype=config.model.dtype)[0] if run else sft.load_base(config, base, "none")
+    sft.check_vocabulary(data, model)
+    batch_size = config.evaluation.batch_size or config.train.batch_size
+    return prefixed(sft.evaluate(model, config, data, batch_size)[0])
+
+
+def generate(
+    path: str, prompts: list[str], *, adapter: str | None = None, raw: bool = False, **options: Any
+) -> list[str]:
+    """Answer prompts by a run's model, or continue them by a plain one.
+
+    Args:
+        path: A run, a model folder or a hub id.
+        prompts: Texts. A run that was trained on instructions or messages gets them in the form it was trained on.
+        adapter: A folder with an adapter to load, peft's or ours.
+        raw: Give the prompts as they are, whatever the run was trained on.
+        options: Of `jaxft.generate_ids`.
+
+    Returns:
+        The new text for each.
+    """
+    model, tokenizer = load(path)
+    if tokenizer is None:
+        raise CheckpointError(f"{path}: it holds no tokenizer (tokenizer.json), which turns text into tokens")
+    if adapter is not None:
+        model = load_adapter(model, adapter, name="given")
+    run = RunFolder(path)
+    config = run.config() if run.started and not raw else None
+    form = config.data.train[0].format if config else "text"
+    if form == "instruction":
+        assert config is not None
+        template = Template(**config.data.template.model_dump()) if config.data.template else Template()
+        ids = [opening(tokenizer, template.render({"instruction": text, "input": ""})) for text in prompts]
+    elif form == "messages":
+        ids = [chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+    else:
+        ids = [opening(tokenizer, text) for text in prompts]
+    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    new = generate_ids(model, ids, stop_ids=sorted({*model.config.stop_ids, *ends}), **options)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+
+
+def export(run: RunFolder, form: str, output: str | Path) -> Path:
+    """Write what a finished run has made, for others to load.
+
+    Args:
+        run: The run.
+        form: `"peft"`: its adapter; `"merged"`: a whole model in Hugging Face layout, tokenizer included.
+        output: A new or empty folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RunError: The folder is not empty, or peft cannot express what the run has made.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(f"{output}: it is there already; give a new or an empty folder as --output")
+    model, tokenizer = load(run.path)
+    if form == "merged":
+        return save_model(merge(model) if adapters(model) else model, output, tokenizer)
+    carried = adapters(model)
+    hint = "export it with --format merged"
+    if run.model.is_dir():
+        raise RunError(f"{run.path}: it trained the whole model, so there is no adapter; {hint}")
+    if len(carried) != 1 or not isinstance(next(iter(carried.values())), LoRA):
+        what = " over ".join(type(m).__name__ for m in reversed(carried.values())) or "what it trained"
+        raise RunError(f"{run.path}: a peft folder cannot express {what}; {hint}")
+    return save_adapter(model, output, name=next(iter(carried)))

@@ -1,0 +1,100 @@
+"""Figures of a model on held-out rows: its loss, and the answers it writes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+
+from ..data.batches import eval_batches
+from ..data.source import Dataset
+from ..data.tokens import Example
+from ..errors import DataError
+from ..generation.generate import generate_ids
+
+
+def evaluate_loss(
+    model: Any, loss: Callable[..., Any], datasets: Sequence[Dataset], *, batch_size: int = 8
+) -> dict[str, float]:
+    """Return the loss per trained token over every row, dropout off: summed, then divided once.
+
+    Args:
+        model: The model.
+        loss: A model loss.
+        datasets: The sources.
+        batch_size: Rows at a time; it changes nothing but speed.
+
+    Returns:
+        `loss`, and `loss/NAME` of each source where there are several.
+
+    >>> import jaxft
+    >>> from jaxft.data.tokens import example
+    >>> rows = Dataset([example([1, 2, 3], [False, True, True])])
+    >>> sorted(evaluate_loss(jaxft.testing.tiny_llama(), jaxft.losses.next_token_loss, [rows]))
+    ['loss']
+    """
+    sums = [_sums(model, loss, data, batch_size) for data in datasets]
+    each = {f"loss/{data.name}": total / weight for data, (total, weight) in zip(datasets, sums, strict=True)}
+    whole = {"loss": sum(total for total, _ in sums) / sum(weight for _, weight in sums)}
+    return {**each, **whole} if len(datasets) > 1 else whole
+
+
+def _sums(model: Any, loss: Callable[..., Any], data: Dataset, batch_size: int) -> tuple[float, float]:
+    total = weight = 0.0
+    for batch in eval_batches(data.examples, batch_size):
+        more, rows = _compiled(loss)(model, batch)
+        total, weight = total + float(more), weight + float(rows)
+    if not weight:
+        raise DataError(f"{data.name}: no token of it is trained, so there is no loss to measure")
+    return total, weight
+
+
+@lru_cache
+def _compiled(loss: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(lambda model, batch: loss(model, batch, key=None)[:2])
+
+
+def write_answers(
+    model: Any, tokenizer: Any, examples: Sequence[Example], *, max_new_tokens: int = 64, batch_size: int = 32
+) -> list[str]:
+    """Let a model answer the prompts of examples, greedily.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        examples: Examples that have a prompt.
+        max_new_tokens: Of an answer at most.
+        batch_size: Prompts at a time; it changes nothing but speed.
+
+    Returns:
+        The answers, in the order of the examples.
+
+    >>> import jaxft
+    >>> from jaxft.data.formats import prompt_and_completion
+    >>> row = prompt_and_completion(jaxft.testing.ToyTokenizer(), "ab", "c")
+    >>> len(write_answers(jaxft.testing.tiny_llama(), jaxft.testing.ToyTokenizer(), [row], max_new_tokens=1))
+    1
+    """
+    order = sorted(range(len(examples)), key=lambda i: examples[i].prompt)
+    answers: dict[int, str] = {}
+    for start in range(0, len(order), batch_size):
+        picked = order[start : start + batch_size]
+        filled = [*picked, *picked[-1:] * (batch_size - len(picked))]  # one shape: the last batch is filled up
+        prompts = [examples[i].input_ids[: examples[i].prompt].tolist() for i in filled]
+        stops = sorted({*model.config.stop_ids, *_end(tokenizer)})
+        new = generate_ids(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stops)
+        answers |= {i: tokenizer.decode(ids, skip_special_tokens=True) for i, ids in zip(picked, new, strict=False)}
+    return [answers[i] for i in range(len(examples))]
+
+
+def _end(tokenizer: Any) -> tuple[int, ...]:
+    return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+
+
+def prefixed(figures: Mapping[str, float], prefix: str = "eval_") -> dict[str, float]:
+    """Return figures under the names that they have in a run's files.
+
+    >>> prefixed({"loss": 1.0})
+    {'eval_loss': 1.0}
+    """
+    return {prefix + name: value for name, value in figures.items()}

@@ -1,0 +1,91 @@
+"""The loop: batches through the step, with a word at intervals."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..errors import RunError
+from .state import TrainState
+
+Hook = Callable[[TrainState], None]
+
+
+def fit(
+    state: TrainState,
+    step: Callable[..., Any],
+    batches: Iterator[Mapping[str, Any]],
+    *,
+    steps: int,
+    log_every: int = 10,
+    log: Callable[[int, dict[str, float]], None] | None = None,
+    hooks: Mapping[Hook, int] | None = None,
+) -> TrainState:
+    """Train until `steps` optimiser steps are taken.
+
+    Args:
+        state: Where to begin; it is consumed.
+        step: A step of `make_train_step`.
+        batches: The batches from the state's step on.
+        steps: Of the whole run, those of the state included.
+        log_every: Steps between two calls of `log`, which comes at the last step too.
+        log: Gets the step and its figures: `loss` per trained token since the last call, `grad_norm` of this step,
+            `tokens_per_second` (tokens that are no padding), `trained_tokens` and `skipped` steps since the last call.
+        hooks: What to do with the state after every so many steps: `{evaluate: 100, save: 50}`; their time does
+            not count.
+
+    Returns:
+        The state at the end.
+
+    Raises:
+        RunError: Not one step since the last call had a finite loss, gradient and result.
+
+    >>> import itertools, jaxft, optax
+    >>> state = TrainState.create(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2), optax.sgd(0.1))
+    >>> rows = itertools.repeat(jaxft.testing.token_batch())
+    >>> seen = []
+    >>> _ = fit(state, jaxft.make_train_step(jaxft.losses.next_token_loss), rows, steps=2, log_every=2,
+    ...         log=lambda step, figures: seen.append(step))
+    >>> seen
+    [2]
+    """
+    window: list[Any] = []
+    tokens, began = 0, time.perf_counter()
+    for n in range(int(state.step) + 1, steps + 1):
+        batch = next(batches)
+        tokens += int(np.sum(batch["attention_mask"])) if "attention_mask" in batch else batch["input_ids"].size
+        state, metrics = step(state, batch)
+        window.append(metrics)
+        if n % log_every == 0 or n == steps:
+            figures = _figures(n, jax.device_get(window), tokens, time.perf_counter() - began)
+            if log is not None:
+                log(n, figures)
+            window, tokens, began = [], 0, time.perf_counter()
+        for hook, every in (hooks or {}).items():
+            if n % every == 0:
+                jax.block_until_ready(state.trainable)  # the steps' own time ends here
+                started = time.perf_counter()
+                hook(state)
+                began += time.perf_counter() - started
+    return state
+
+
+def _figures(n: int, window: list[Any], tokens: int, seconds: float) -> dict[str, float]:
+    """Return the figures of some steps: sums over tokens divided once, never a mean of means."""
+    good = [m for m in window if not m["skipped"]]
+    if not good:
+        raise RunError(
+            f"steps {n - len(window) + 1} to {n}: loss, gradient or new parameters were not finite in any of them, so "
+            "none was taken. Lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows"
+        )
+    weight = float(sum(m["trained_tokens"] for m in good))
+    loss = float(sum(np.float64(m["loss"]) * m["trained_tokens"] for m in good)) / weight
+    return {
+        "loss": loss,
+        "grad_norm": float(good[-1]["grad_norm"]),
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "trained_tokens": weight,
+        "skipped": float(len(window) - len(good)),
+    }
