@@ -1,14 +1,17 @@
 """jaxft: fine-tuning in JAX. A method is what it attaches to the model, plus which leaves of the pytree it trains."""
 
-from . import losses, testing
+from . import data, losses, testing
 from .errors import (
     BatchError,
     CheckpointError,
+    ConfigError,
+    DataError,
     GenerationError,
     JaxftError,
     MethodError,
     OptimizerError,
     PartitionError,
+    RunError,
     SelectionError,
 )
 from .generation.generate import generate, generate_ids
@@ -31,6 +34,8 @@ __all__ = [
     "BatchError",
     "BitFit",
     "CheckpointError",
+    "ConfigError",
+    "DataError",
     "Full",
     "GenerationError",
     "JaxftError",
@@ -40,11 +45,13 @@ __all__ = [
     "OptimizerError",
     "ParameterReport",
     "PartitionError",
+    "RunError",
     "SelectionError",
     "TrainState",
     "adapters",
     "attach",
     "combine",
+    "data",
     "decay_mask",
     "detach",
     "generate",

@@ -48,7 +48,11 @@ def train(
 
     job = Job(read, resume=resume)
     print(f"{job.steps:,} steps of {read.train.batch_size} rows on {_device()}, remat {job.remat}")
-    summary = job.train()
+    try:
+        summary = job.train()
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
     _show(summary, sample_pairs(run))
 
 
@@ -155,9 +159,6 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(_refused(f"{where}{error.strerror or error}"))
-    except KeyboardInterrupt:
-        print("interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 def _refused(message: str) -> int:

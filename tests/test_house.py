@@ -16,11 +16,18 @@ ROWS = [
     ["methods"],
     ["losses"],
     ["generation"],
+    ["data"],
     ["train"],
     ["interop"],
+    ["config"],
+    ["run"],
     ["loading"],
+    ["scores"],
+    ["report"],
+    ["tasks"],
     ["testing"],
     ["__init__"],
+    ["cli"],
 ]
 MODELS = [
     "seams",
@@ -52,11 +59,15 @@ INSIDE = {
     ],
     "losses": ["language", "__init__"],
     "generation": ["sampling", "generate", "__init__"],
-    "train": ["batch", "state", "step", "optimizer", "__init__"],
+    "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "__init__"],
+    "config": ["tree", "schema", "load", "__init__"],
+    "tasks": ["__init__", "sft", "train", "use"],
     "interop": ["entries", "peft", "folder", "export", "__init__"],
     "testing": ["tiny", "laws", "__init__"],
 }
 INSIDE["methods"] += ["report", "switch", "merge"]
+INSIDE["train"] = ["batch", "state", "step", "optimizer", "checkpoint", "evaluate", "loop", "progress", "trackers"]
+INSIDE["train"] += ["__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -107,6 +118,7 @@ def test_public_names():
     assert all(hasattr(jaxft, name) for name in jaxft.__all__)
     assert set(jaxft.__all__) == {
         *("BatchError", "CheckpointError", "GenerationError", "JaxftError", "MethodError", "OptimizerError"),
+        *("ConfigError", "DataError", "RunError", "data"),
         *("PartitionError", "SelectionError", "BitFit", "Full", "LoRA", "Method", "ParameterReport", "TrainState"),
         *("adapters", "attach", "combine", "decay_mask", "detach", "generate", "generate_ids", "leaves", "load"),
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
@@ -126,7 +138,8 @@ def test_every_public_docstring_has_an_example():
 
 
 @pytest.mark.parametrize(
-    "heavy", ["transformers", "datasets", "orbax", "grain", "matplotlib", "torch", "huggingface_hub"]
+    "heavy",
+    ["transformers", "datasets", "orbax", "grain", "matplotlib", "torch", "huggingface_hub", "pydantic", "pyarrow"],
 )
 def test_import_is_light(heavy):
     done = subprocess.run(
@@ -145,6 +158,8 @@ def test_nothing_that_is_loaded_can_run_code():
             names += [node.attr] if isinstance(node, ast.Attribute) else []
             names += [node.arg] if isinstance(node, ast.keyword) else []
             seen += len(names)
-            bad = {"pickle", "eval", "exec", "trust_remote_code", "torch", "allow_pickle"} & set(names)
+            bad = {"pickle", "trust_remote_code", "torch", "allow_pickle"} & set(names)
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            bad |= {"eval", "exec"} & {called}  # `data.eval` is a key of a config
             assert not bad, f"{file}: {bad}"
     assert seen > 1000

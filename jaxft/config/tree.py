@@ -23,9 +23,10 @@ def parse(text: str, where: str) -> tuple[Any, Places, list[str]]:
         The tree of dicts, lists and scalars; the place of every key and item, by path; and what is wrong, a line each:
         broken syntax, a key that stands twice, a number that other readers take for another one.
 
-    >>> parse("train: {steps: 5, seed: 010}", "c.yaml")
-    ({'train': {'steps': 5, 'seed': None}}, {(): 'c.yaml:1', ('train',): 'c.yaml:1', ('train', 'steps'): 'c.yaml:1', \
-('train', 'seed'): 'c.yaml:1'}, ["c.yaml:1: train.seed: 010 is 8 to some readers of YAML and 10 to others: write 10"])
+    >>> tree, places, problems = parse("train: {steps: 5, seed: 010}", "c.yaml")
+    >>> tree, places["train", "steps"], problems
+    ({'train': {'steps': 5, 'seed': None}}, 'c.yaml:1', \
+['c.yaml:1: train.seed: 010 is 8 to some readers of YAML and 10 to others: write 10'])
     """
     places: Places = {}
     problems: list[str] = []
@@ -58,7 +59,8 @@ def parse(text: str, where: str) -> tuple[Any, Places, list[str]]:
     try:
         root = YAML(typ="rt", pure=True).compose(text)
     except MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        mark = error.problem_mark if where.endswith((".yaml", ".yml")) else None
+        line = f":{mark.line + 1}" if mark is not None else ""
         return None, places, [f"{where}{line}: not valid YAML: {error.problem}"]
     except YAMLError as error:
         return None, places, [f"{where}: not valid YAML: {str(error).splitlines()[0]}"]

@@ -54,26 +54,28 @@ class TrainBatches:
     The rows come in an endless order, shuffled anew each time round; of a mixture, each source as often as its weight
     says, within one row at every point of the order. Of 16 batches the rows are sorted by length and dealt out in
     order, so that a batch holds rows of like length; then the 16 change places.
+    The last window ends where the run ends: what the run sees is the beginning of the order, and nothing else.
 
     Args:
         datasets: One data set, or the sources of a mixture.
         batch_size: Rows of a batch.
         seed: Of every order.
+        steps: Batches of the run; None: endless.
 
     Raises:
         DataError: Fewer rows than one batch.
 
     >>> from jaxft.data.tokens import example
     >>> rows = [example([i, i], [True, True]) for i in range(10)]
-    >>> batches = TrainBatches([Dataset(rows)], batch_size=2, seed=0)
+    >>> batches = TrainBatches([Dataset(rows)], batch_size=2, steps=5)
     >>> sorted(int(i) for n in range(5) for i in batches[n]["input_ids"][:, 0])
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
 
-    def __init__(self, datasets: Sequence[Dataset], *, batch_size: int, seed: int = 0):
-        self.rows = sum(map(len, datasets))
-        if self.rows < batch_size:
-            raise DataError(f"{self.rows} rows are fewer than one batch of {batch_size}: lower train.batch_size")
+    def __init__(self, datasets: Sequence[Dataset], *, batch_size: int, seed: int = 0, steps: int | None = None):
+        rows = sum(map(len, datasets))
+        if rows < batch_size:
+            raise DataError(f"{rows} rows are fewer than one batch of {batch_size}: lower train.batch_size")
         import grain
 
         orders = [
@@ -87,10 +89,11 @@ class TrainBatches:
         weights = np.array([data.weight for data in datasets], float)
         self.order = grain.MapDataset.mix(orders, (weights / weights.sum()).tolist()) if len(orders) > 1 else orders[0]
         self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
+        self.steps = 1 << 40 if steps is None else steps
         self._window: tuple[int, list[list[Example]]] = (-1, [])
 
     def __len__(self) -> int:
-        return 1 << 40  # endless, for what asks
+        return self.steps
 
     def __getitem__(self, n: int) -> Batch:
         """Return batch n."""
@@ -104,10 +107,11 @@ class TrainBatches:
         return self._window[1][place]
 
     def _deal(self, window: int) -> list[list[Example]]:
-        size = self.batch_size
-        picked = [self.order[i] for i in range(window * WINDOW * size, (window + 1) * WINDOW * size)]
+        size, first = self.batch_size, window * WINDOW
+        batches = min(WINDOW, self.steps - first)
+        picked = [self.order[i] for i in range(first * size, (first + batches) * size)]
         rows = sorted((self.datasets[source].examples[row] for source, row in picked), key=len)
-        places = np.random.default_rng([self.seed, window]).permutation(WINDOW)
+        places = np.random.default_rng([self.seed, window]).permutation(batches)
         return [rows[p * size : (p + 1) * size] for p in places]
 
     def iterate(self, start: int = 0) -> Any:

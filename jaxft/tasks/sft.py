@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from ..config import Config, Source
-from ..data import Dataset, Template, TrainBatches, load_dataset
+from ..data import Dataset, Template, load_dataset
 from ..data.tokens import Example
 from ..errors import BatchError, DataError, RunError, refuse
 from ..loading import free_name, load, load_run, load_tokenizer
@@ -53,7 +53,7 @@ def base_of(config: Config) -> tuple[RunFolder | None, Any]:
     at = run
     while at.started and not at.model.is_dir():
         at = RunFolder(at.config().model.path)  # the adapter's base may be a run too
-    folder = at.model if at.started else resolve(config.model.path)
+    folder = at.model if at.started else resolve(at.path)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise DataError(f"{folder}: it holds no tokenizer (tokenizer.json), which turns the rows into tokens")
@@ -157,11 +157,11 @@ def schedule_of(config: Config, steps: int) -> Any:
     return make_schedule(o.schedule, o.learning_rate, steps=steps, warmup_steps=o.warmup_steps)
 
 
-def steps_of(config: Config, batches: TrainBatches) -> int:
+def steps_of(config: Config, data: Data) -> int:
     """Return the steps of a run: those asked for, or enough to see every row `epochs` times."""
     if config.train.steps is not None:
         return config.train.steps
-    return math.ceil((config.train.epochs or 1) * batches.rows / config.train.batch_size)
+    return math.ceil((config.train.epochs or 1) * sum(map(len, data.train)) / config.train.batch_size)
 
 
 def check_vocabulary(data: Data, model: Any) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import jax
@@ -45,8 +46,9 @@ class Job:
         self.data = sft.load_data(config)
         sft.check_evaluation(config, self.data)
         check_trackers(config.trackers)
-        self.batches = TrainBatches(self.data.train, batch_size=config.train.batch_size, seed=config.train.seed)
-        self.steps = sft.steps_of(config, self.batches)
+        self.steps = sft.steps_of(config, self.data)
+        rows, seed = config.train.batch_size, config.train.seed
+        self.batches = TrainBatches(self.data.train, batch_size=rows, seed=seed, steps=self.steps)
         self.schedule = sft.schedule_of(config, self.steps)
         self.remat = sft.choose_remat(config)
         self.state = sft.load_state(config, self.steps)
@@ -67,9 +69,12 @@ class Job:
         run.check_free(config, resume=self.resume)
         if not self.resume:
             run.begin(config)
-        with Checkpoints(run.checkpoints, keep=config.train.keep) as checkpoints:
+        with ExitStack() as open_files:
+            checkpoints = open_files.enter_context(Checkpoints(run.checkpoints, keep=config.train.keep))
             state = self._start(checkpoints)
             trackers = make_trackers(config.trackers, run.path, config.model_dump(mode="json"))
+            for tracker in trackers:
+                open_files.callback(tracker.finish)
             first = int(state.step)
             if first == 0:
                 self._evaluate(state, trackers)
@@ -103,8 +108,6 @@ class Job:
             if config.data.eval and self._last_evaluated() != self.steps:
                 self._evaluate(state, trackers)
             seconds = time.perf_counter() - seconds
-            for tracker in trackers:
-                tracker.finish()
         return self._finish(state, seconds)
 
     def _start(self, checkpoints: Checkpoints) -> TrainState:

@@ -27,7 +27,9 @@ class JsonLines:
 
     >>> import tempfile, pathlib
     >>> file = pathlib.Path(tempfile.mkdtemp(), "metrics.jsonl")
-    >>> JsonLines(file).log(3, {"loss": 0.5, "grad_norm": float("nan")})
+    >>> tracker = JsonLines(file)
+    >>> tracker.log(3, {"loss": 0.5, "grad_norm": float("nan")})
+    >>> tracker.finish()
     >>> file.read_text()
     '{"step": 3, "loss": 0.5, "grad_norm": null}\n'
     """
@@ -107,8 +109,9 @@ def make_trackers(names: Sequence[str], run: Path, config: dict[str, Any]) -> li
         RunError: A name that there is none of, or a package that is not installed.
 
     >>> import tempfile, pathlib
-    >>> [type(t).__name__ for t in make_trackers([], pathlib.Path(tempfile.mkdtemp()), {})]
-    ['JsonLines']
+    >>> trackers = make_trackers([], pathlib.Path(tempfile.mkdtemp()), {})
+    >>> [(type(t).__name__, t.finish()) for t in trackers]
+    [('JsonLines', None)]
     """
     for name in names:
         if name not in TRACKERS:

@@ -31,6 +31,15 @@ def test_every_row_once_a_round_and_another_order_each_round():
     assert first != ids(TrainBatches([Dataset(rows(64))], batch_size=4, seed=1), range(16))
 
 
+@pytest.mark.parametrize(("rounds", "steps", "size"), [(1, 5, 2), (2, 20, 4), (3, 24, 4)])
+def test_a_run_sees_the_beginning_of_the_order(rounds, steps, size):
+    """Rounds and run end within a window of 16 batches; still every row comes as often as the others."""
+    data = [Dataset(rows(steps * size // rounds))]
+    seen = Counter(ids(TrainBatches(data, batch_size=size, steps=steps), range(steps)))
+    assert set(seen.values()) == {rounds}
+    assert len(seen) == steps * size // rounds
+
+
 def test_the_order_of_a_seed_stays_what_it_is():
     """These numbers are of this release: a change of theirs would change every run that is begun again."""
     data = [Dataset([example([i, 1], [False, True]) for i in range(10)])]
