@@ -1,7 +1,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: test lint types parity clean
+.PHONY: quickstart test lint types parity clean
+
+quickstart: $(VENV)/installed-plain  ## LoRA on the embedded model: accuracy before and after, and a peft folder
+	rm -rf runs/quickstart
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/jaxft train configs/quickstart/lora.yaml
 
 test: $(VENV)/installed  ## the default tests: no torch, no network
 	$(VENV)/bin/python -m pytest -n auto
@@ -16,9 +20,13 @@ types: $(VENV)/installed-lint
 parity: $(VENV)-parity/installed  ## live comparison with torch, transformers and peft
 	$(VENV)-parity/bin/python -m pytest -m parity
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed-plain: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed: $(VENV)/installed-plain
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 

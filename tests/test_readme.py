@@ -1,36 +1,40 @@
 """The README's code runs as it stands, and its table of families is the table of families."""
 
+import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from texts import make_tokenizer
 
 import jaxft
+from jaxft import cli
 from jaxft.models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+YAML = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a model and a real tokenizer, under the name that the README uses."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {w: i for i, w in enumerate(["<end>", "<unk>", "the", "cat", "sat", "on", "mat"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
     where = tmp_path_factory.mktemp("readme")
-    jaxft.save_model(jaxft.testing.tiny_llama(), where / "my-model", fast)
+    jaxft.save_model(jaxft.testing.tiny_llama(vocab_size=300), where / "my-model", make_tokenizer())
+    rows = [{"instruction": f"Name number {i}.", "input": "", "output": f"It is {i}."} for i in range(40)]
+    for name, some in (("rows.jsonl", rows), ("held-out.jsonl", rows[:4])):
+        (where / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+    (where / "configs").symlink_to(ROOT / "configs")
+    (where / "my.yaml").write_text(YAML)
     return where
 
 
 def test_the_code_runs(folder, monkeypatch, capsys):
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     monkeypatch.chdir(folder)
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), {})
@@ -38,12 +42,46 @@ def test_the_code_runs(folder, monkeypatch, capsys):
     assert "trainable params: 1,792 || all params:" in printed
     assert "['transformer.h.attn.c_attn.bias', 'transformer.h.attn.c_attn.kernel']" in printed
     merged, tokenizer = jaxft.load("out/merged")
-    assert tokenizer.decode([2, 3]) == "the cat"
-    assert merged(jnp.array([[2, 3]])).shape == (1, 2, 64)
+    assert merged(jnp.array([tokenizer("the cat")["input_ids"]])).shape[-1] == 300
+    assert "It is 0.</s>" in printed
+
+
+def test_the_command_lines_run(folder, monkeypatch, capsys):
+    """Each in the order of the README, in one folder; the quickstart's own config for three steps."""
+    monkeypatch.chdir(folder)
+    lines = re.findall(r"^jaxft ([^\\\n]+(?:\\\n[^\\\n]+)*)", README, re.MULTILINE)
+    assert len(lines) == 8
+    assert {line.split()[0] for line in lines} == {"train", "validate", "evaluate", "generate", "export"}
+    for line in lines:
+        words = shlex.split(line.replace("\\\n", " "), comments=True)
+        short = ["--set", "train.steps=3", "--set", "optimizer.warmup_steps=0"] if "configs/" in line else []
+        monkeypatch.setattr(sys, "argv", ["jaxft", *words, *short])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert not left.value.code, f"jaxft {line}: {capsys.readouterr().err}"
+    assert "held-out" not in capsys.readouterr().err
+    assert (folder / "out/first-adapter/adapter_config.json").is_file()
+    assert (folder / "runs/mine/summary.json").is_file()
+
+
+def test_the_table_of_the_run_folder(folder):
+    """After the command lines above: what the table names is there."""
+    table = README.split("| in a run's folder | |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `([\w./]+)`(?: or `([\w./]+)`)? \|", table, re.MULTILINE)
+    named = {name for row in rows for name in row if "." in name or name.endswith("/")}
+    run = folder / "runs/first"
+    there = {f"{p.relative_to(run)}/" if p.is_dir() else str(p.relative_to(run)) for p in run.iterdir()}
+    assert there - {"report/"} == named - {"report/curves.png", "model/"}
+    assert (run / "report/curves.png").is_file()
+
+
+def test_the_table_of_formats():
+    rows = re.findall(r"^\| `(\w+)` \| [a-z]", README.split("| `data.format` |")[1].split("\n\n")[0], re.MULTILINE)
+    assert rows == list(jaxft.data.FORMATS)
 
 
 def test_the_table_of_families():
-    rows = re.findall(r"^\| `(\w+)` \| \w", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| \w", README[README.index("## Models") :], re.MULTILINE)
     assert rows == ["model_type", *FAMILIES]
 
 
@@ -54,7 +92,8 @@ def test_the_table_of_methods():
 
 def test_the_commands():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    commands = set(re.findall(r"`?make ([a-z ]+?)[`\s]{2}", README + (ROOT / "CONTRIBUTING.md").read_text() + "  "))
-    assert commands
+    text = README + (ROOT / "CONTRIBUTING.md").read_text()
+    commands = set(re.findall(r"(?:`|^)make ([a-z ]+?)(?:`|  |$)", text, re.MULTILINE))
+    assert {"quickstart", "test"} <= commands
     for command in commands:
         assert set(command.split()) <= set(targets), command
