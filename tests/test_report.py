@@ -31,10 +31,25 @@ def test_sources_and_gaps():
     assert right.get_legend() is not None
 
 
-def test_without_evaluation_the_learning_rate():
-    left, right = draw(TRAIN[:1]).axes
-    assert list(lines(left)) == ["training"]
+@pytest.mark.parametrize("n", [1, 3])
+def test_without_evaluation_the_learning_rate(n):
+    left, right = draw(TRAIN[:n]).axes
+    assert lines(left) == {"training": ([1, 2, 3][:n], [3.0, 1.5, 1.0][:n])}
     assert right.get_ylabel() == "learning rate"
+    (rate,) = right.lines
+    assert list(rate.get_ydata()) == [row["learning_rate"] for row in TRAIN[:n]]
+    assert rate.get_marker() != "None"  # a single point without one is not seen
+    assert all(tick == int(tick) for tick in left.get_xticks())
+
+
+def test_nothing_overlaps():
+    figure = draw([EVAL[0], *TRAIN, EVAL[1]], "a/very/long/name/" * 12)
+    figure.draw_without_rendering()
+    left, right = (axes.get_tightbbox() for axes in figure.axes)
+    title = figure._suptitle.get_window_extent()
+    assert left.x1 < right.x0
+    assert max(left.y1, right.y1) <= title.y0
+    assert 0 <= title.x0 < title.x1 <= figure.bbox.x1
 
 
 def test_the_file(tmp_path):
@@ -43,6 +58,11 @@ def test_the_file(tmp_path):
     raw = picture.read_bytes()
     assert raw.startswith(b"\x89PNG")
     assert 10_000 < len(raw) < 200_000
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    assert plot_curves(tmp_path / "metrics.jsonl", tmp_path / "again.png", "a run").read_bytes() == raw
+    with pytest.raises(RunError, match=r"none\.jsonl: nothing was logged"):
+        plot_curves(tmp_path / "none.jsonl", picture)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(RunError, match="nothing was logged"):
         plot_curves(tmp_path / "metrics.jsonl", picture)

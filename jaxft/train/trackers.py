@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +54,9 @@ class TensorBoard:
 
     Args:
         folder: Where to.
+
+    Raises:
+        RunError: The package is not installed.
     """
 
     def __init__(self, folder: Path):
@@ -73,11 +77,14 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases; its own variables rule it: WANDB_PROJECT, WANDB_MODE=offline, ...
+    """A run of Weights & Biases; its own variables rule it: WANDB_PROJECT (else "jaxft"), WANDB_MODE=offline, ...
 
     Args:
-        folder: Where its files lie.
+        folder: Where its files lie; its name is the run's.
         config: Shown beside the run.
+
+    Raises:
+        RunError: The package is not installed, or wandb will not begin.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]):
@@ -85,7 +92,13 @@ class WandB:
             import wandb
         except ImportError:
             raise RunError("trackers: wandb needs a package: pip install 'jaxft[wandb]'") from None
-        self.run = wandb.init(dir=str(folder), name=folder.name, config=config)
+        project = os.environ.get("WANDB_PROJECT", "jaxft")
+        try:
+            self.run = wandb.init(project=project, dir=str(folder), name=folder.name, config=config)
+        except wandb.Error as error:
+            raise RunError(
+                f"trackers: wandb will not begin ({error}): log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from None
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Send the figures."""
@@ -116,7 +129,8 @@ def make_trackers(names: Sequence[str], run: Path, config: dict[str, Any]) -> li
     for name in names:
         if name not in TRACKERS:
             raise RunError(f"trackers: {name!r} is unknown; {nearest(name, TRACKERS)}")
-    return [JsonLines(run / "metrics.jsonl"), *(TRACKERS[name](run, config) for name in names)]
+    asked = [TRACKERS[name](run, config) for name in names]  # first: where one refuses, no file is left open
+    return [JsonLines(run / "metrics.jsonl"), *asked]
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -34,9 +34,9 @@ def test_a_bar_on_a_terminal(monkeypatch):
     out.isatty = lambda: True
     with Progress(100, out=out) as progress:
         progress.update(50, loss=1.25, tokens_per_second=100.0)
-        progress.say("a word [1]")
+        progress.say("a word [red]")
     text = out.getvalue()
     assert " 50/100" in text
     assert "loss 1.2500 | 100 tokens/s | ETA" in text
-    assert "a word [1]" in text
+    assert "a word [red]" in text
     assert "\x1b[" in text

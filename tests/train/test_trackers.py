@@ -48,6 +48,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_PROJECT", "a-project")
     file, tracker = make_trackers(["wandb"], tmp_path, {"train": {"steps": 3}})
     tracker.log(7, {"loss": 0.5})
     file.finish()
@@ -57,6 +58,23 @@ def test_wandb_offline(tmp_path, monkeypatch):
     raw = stored.read_bytes()
     assert b"loss" in raw
     assert b"steps" in raw
+    assert b"a-project" in raw
+
+
+def test_wandb_asks_for_its_project_and_its_error_is_ours(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    asked = {}
+
+    def init(**options):
+        asked.update(options)
+        raise wandb.Error("no API key")
+
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(RunError, match=r"wandb will not begin \(no API key\): log in with `wandb login`"):
+        make_trackers(["wandb"], tmp_path, {"a": 1})
+    assert asked == {"project": "jaxft", "dir": str(tmp_path), "name": tmp_path.name, "config": {"a": 1}}
+    assert not list(tmp_path.iterdir())  # no file was opened before it
 
 
 def test_what_is_not_there(tmp_path, monkeypatch):
