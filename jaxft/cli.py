@@ -1,5 +1,7 @@
 """The command line: `jaxft train CONFIG`, and what is done before and after."""
 
+import logging
+import os
 import sys
 from enum import StrEnum
 from typing import Annotated, Any
@@ -148,10 +150,9 @@ def _show(summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run the command; a user's mistake ends with its message and exit code 2, never with a traceback."""
-    import logging
-
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # its advice is for its own models
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for its own models
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs tracebacks of errors that it raises too
+    sys.unraisablehook = _unraisable
     try:
         app()
     except JaxftError as error:
@@ -159,6 +160,12 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(_refused(f"{where}{error.strerror or error}"))
+
+
+def _unraisable(left: Any) -> None:
+    """Pass over what orbax's writers leave behind when a write fails; the error itself is told once, in words."""
+    if "Event loop is closed" not in str(left.exc_value):
+        sys.__unraisablehook__(left)
 
 
 def _refused(message: str) -> int:

@@ -66,8 +66,10 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             for left in self.folder.glob(f"{step}*tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
+            full = "No space left" in str(error)
             raise RunError(
-                f"{self.folder}: the checkpoint of step {step} cannot be written ({error}). "
+                f"{self.folder}: the checkpoint of step {step} cannot be written "
+                f"({'no space left on the disk' if full else str(error)[:300]}). "
                 f"The last good one is of step {self.latest}; make room, then go on with --resume"
             ) from error
 

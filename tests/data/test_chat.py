@@ -95,3 +95,14 @@ def test_a_slow_tokenizer_is_refused():
 
     with pytest.raises(DataError, match="need a fast tokenizer"):
         encode_chat(Slow(), TURNS)
+
+
+def test_where_the_template_marks_answers_the_mask_is_that_of_transformers():
+    tokenizer = make_tokenizer(chat_template=INSIDE)
+    coded = tokenizer.apply_chat_template(
+        TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_offsets_mapping=False
+    )
+    row = encode_chat(tokenizer, TURNS)
+    assert row.input_ids.tolist() == coded["input_ids"]
+    assert (row.labels != -100).astype(int).tolist() == coded["assistant_masks"]
+    assert 0 < sum(coded["assistant_masks"]) < len(row)

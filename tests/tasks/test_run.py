@@ -196,7 +196,7 @@ def test_a_disk_that_is_full(run, place, monkeypatch):
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     code, _, err = run("train", "c.yaml", "--output", "full")
     assert code == 2
-    assert "the checkpoint of step 6 cannot be written ([Errno 28] No space left on device)" in err
+    assert "the checkpoint of step 6 cannot be written (no space left on the disk)" in err
     assert "The last good one is of step 3" in err
     monkeypatch.setattr(ocp.CheckpointManager, "save", save)
     assert run("train", "c.yaml", "--output", "full", "--resume")[0] == 0
