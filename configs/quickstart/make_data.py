@@ -1,7 +1,7 @@
 """The quickstart's rows, tokenizer and shape: python configs/quickstart/make_data.py
 
 What the base model learns are bare lines such as `reverse: stone -> enots`. What the quickstart teaches it is to do the
-same when asked in words: `Spell this word backwards.` A program can check every answer. The same bytes come out each time.
+same when asked in words: `Spell this word backwards.` A program can check every answer. The bytes are the same each time.
 """
 
 import json
@@ -12,25 +12,28 @@ HERE = Path(__file__).parent
 SCRATCH = Path("runs/quickstart-data")  # not in the repository: 6 MB that come out the same again
 PRETRAIN_ROWS, TRAIN_ROWS, EVAL_ROWS = 120_000, 2_400, 240
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORDS = """apple arm baby bag ball band bank bath beach bean bear bed bee bell bench bird boat body bone book boot bottle
-bowl box boy brain branch bread brick bridge brush bucket bus bush butter cake camp candle car card carpet cart cat chain
-chair chalk cheese cherry chest child circle city clock cloth cloud coat coin cook corn cow crown cup curtain day desk
-dish doctor dog doll door dream dress drum duck dust eagle ear earth egg engine eye face farm feather field finger fire
-fish flag floor flower fly foot forest fork fox frog fruit game garden gate ghost gift girl glass glove goat grain grass
-hair hammer hand hat heart hen hill honey hook horse house island jar jewel juice key king kite knee knife lake lamp leaf
-leg lemon letter light lion lip lock map market meal milk mirror moon mouse mouth music nail name neck needle nest night
-nose nurse ocean onion orange oven owl page paint paper park pear pen pencil piano pig pin pipe plane plant plate pocket
-pond potato prince queen rabbit rain ring river road rock roof room root rope rose salt sand school sea seed sheep shelf
-ship shirt shoe shop silver sister skin sky smile snail snake snow soap sock song soup spoon spring star station stone
-storm story street sugar summer sun table tail tea tent tiger toe tooth tower town toy train tree truck turtle uncle van
-village voice wall watch water wave wheel wind window wing winter wolf woman wood wool world yard year zebra""".split()
-OPPOSITES = """hot cold|big small|up down|left right|day night|open closed|fast slow|hard soft|high low|long short
-young old|rich poor|full empty|wet dry|light dark|happy sad|early late|near far|strong weak|clean dirty|good bad|win lose
-buy sell|push pull|give take|first last|true false|inside outside|above below|before after|always never|love hate
-start stop|cheap expensive|thick thin|wide narrow|loud quiet|brave afraid|sweet sour|sharp blunt|safe dangerous
-begin end|arrive leave|laugh cry|sink float|lend borrow|easy difficult|smooth rough|deep shallow|wild tame|awake asleep
-raise lower|remember forget|build destroy|friend enemy|front back|north south|east west|summer winter
-man woman|king queen|boy girl|question answer|more less|many few|same different|here there|yes no"""
+WORDS = """
+apple arm baby bag ball band bank bath beach bean bear bed bee bell bench bird boat body bone book boot bottle bowl
+box boy brain branch bread brick bridge brush bucket bus bush butter cake camp candle car card carpet cart cat
+chain chair chalk cheese cherry chest child circle city clock cloth cloud coat coin cook corn cow crown cup curtain
+day desk dish doctor dog doll door dream dress drum duck dust eagle ear earth egg engine eye face farm feather
+field finger fire fish flag floor flower fly foot forest fork fox frog fruit game garden gate ghost gift girl glass
+glove goat grain grass hair hammer hand hat heart hen hill honey hook horse house island jar jewel juice key king
+kite knee knife lake lamp leaf leg lemon letter light lion lip lock map market meal milk mirror moon mouse mouth
+music nail name neck needle nest night nose nurse ocean onion orange oven owl page paint paper park pear pen pencil
+piano pig pin pipe plane plant plate pocket pond potato prince queen rabbit rain ring river road rock roof room
+root rope rose salt sand school sea seed sheep shelf ship shirt shoe shop silver sister skin sky smile snail snake
+snow soap sock song soup spoon spring star station stone storm story street sugar summer sun table tail tea tent
+tiger toe tooth tower town toy train tree truck turtle uncle van village voice wall watch water wave wheel wind
+window wing winter wolf woman wood wool world yard year zebra
+""".split()
+OPPOSITES = """hot cold|big small|up down|left right|day night|open closed|fast slow|hard soft|high low|long short|young old
+rich poor|full empty|wet dry|light dark|happy sad|early late|near far|strong weak|clean dirty|good bad|win lose
+buy sell|push pull|give take|first last|true false|inside outside|above below|before after|always never
+love hate|start stop|cheap expensive|thick thin|wide narrow|loud quiet|brave afraid|sweet sour|sharp blunt
+safe dangerous|begin end|arrive leave|laugh cry|sink float|lend borrow|easy difficult|smooth rough|deep shallow
+wild tame|awake asleep|raise lower|remember forget|build destroy|friend enemy|front back|north south|east west
+summer winter|man woman|king queen|boy girl|question answer|more less|many few|same different|here there|yes no"""
 COLOURS = """grass green|snow white|coal black|blood red|sky blue|banana yellow|carrot orange|chocolate brown|milk white
 leaf green|fire red|sea blue|lemon yellow|sun yellow|night black|rose red|tomato red|cloud white|frog green|lime green
 swan white|crow black|pumpkin orange|strawberry red|butter yellow|mud brown|ink blue|salt white|tar black|pea green
@@ -85,21 +88,30 @@ def following(draw, get):
     return str(n), str(n + 1)
 
 
-# name of the bare line: (what makes an input and its answer, how it is asked for; {} stands for an input in the question)
+# name of the bare line: (what makes an input and its answer, how it is asked for; {} is an input inside the question)
 TASKS = {
-    "reverse": (of_word(lambda w: w[::-1]), ["Spell this word backwards.", "Reverse the letters.", "Write it from end to start."]),
+    "reverse": (
+        of_word(lambda w: w[::-1]),
+        ["Spell this word backwards.", "Reverse the letters.", "Write it from end to start."],
+    ),
     "upper": (of_word(str.upper), ["Write this in capital letters.", "Make it upper case.", "Shout this word."]),
     "first": (of_word(lambda w: w[0]), ["What is the first letter?", "Give the letter that it begins with."]),
     "last": (of_word(lambda w: w[-1]), ["What is the last letter?", "Give the letter that it ends with."]),
-    "length": (of_word(lambda w: str(len(w))), ["How many letters has it?", "Count the letters.", "How long is the word {}?"]),
+    "length": (
+        of_word(lambda w: str(len(w))),
+        ["How many letters has it?", "Count the letters.", "How long is the word {}?"],
+    ),
     "double": (of_word(lambda w: f"{w} {w}"), ["Say this twice.", "Repeat the word.", "Write {} two times."]),
     "plural": (of_word(plural), ["Give the plural.", "What are several of these called?", "What is the plural of {}?"]),
-    "opposite": (of_pairs(pairs(OPPOSITES), both=True), ["Give the opposite.", "What is the opposite of {}?", "Name the contrary."]),
+    "opposite": (
+        of_pairs(pairs(OPPOSITES), both=True),
+        ["Give the opposite.", "What is the opposite of {}?", "Name the contrary."],
+    ),
     "colour": (of_pairs(pairs(COLOURS)), ["What colour is it?", "Name its colour.", "Which colour has {}?"]),
     "sum": (addition, ["Add the numbers.", "What is {}?", "Work out the sum."]),
     "larger": (larger, ["Which number is larger?", "Pick the greater one.", "Give the maximum."]),
     "next": (following, ["Which number comes next?", "Count one further.", "What comes after {}?"]),
-}  # fmt: skip
+}
 
 
 def bare(draw):
