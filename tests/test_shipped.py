@@ -52,7 +52,7 @@ def test_its_rows_come_out_the_same_and_none_is_held_out_and_trained():
     read = lambda name: [json.loads(line) for line in (QUICK / name).read_text().splitlines()]
     train, held_out = read("train.jsonl"), read("eval.jsonl")
     assert (train, held_out) == make_data.rows()
-    assert (len(train), len(held_out)) == (2400, 240)
+    assert (len(train), len(held_out)) == (8000, 240)
     asked = lambda rows: {(row["instruction"], row["input"]) for row in rows}
     assert not asked(train) & asked(held_out)
 

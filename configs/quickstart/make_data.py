@@ -1,7 +1,7 @@
 """The quickstart's rows, tokenizer and shape: python configs/quickstart/make_data.py
 
 What the base model learns are bare lines such as `reverse: stone -> enots`. What the quickstart teaches it is to do the
-same when asked in words: `Spell this word backwards.` A program can check every answer. The bytes are the same each time.
+same when asked in words: `Spell this word backwards.` A program can check every answer. Same bytes each time.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SCRATCH = Path("runs/quickstart-data")  # not in the repository: 6 MB that come out the same again
-PRETRAIN_ROWS, TRAIN_ROWS, EVAL_ROWS = 120_000, 2_400, 240
+PRETRAIN_ROWS, TRAIN_ROWS, EVAL_ROWS = 120_000, 8_000, 240
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = """
 apple arm baby bag ball band bank bath beach bean bear bed bee bell bench bird boat body bone book boot bottle bowl
@@ -27,9 +27,9 @@ snow soap sock song soup spoon spring star station stone storm story street suga
 tiger toe tooth tower town toy train tree truck turtle uncle van village voice wall watch water wave wheel wind
 window wing winter wolf woman wood wool world yard year zebra
 """.split()
-OPPOSITES = """hot cold|big small|up down|left right|day night|open closed|fast slow|hard soft|high low|long short|young old
-rich poor|full empty|wet dry|light dark|happy sad|early late|near far|strong weak|clean dirty|good bad|win lose
-buy sell|push pull|give take|first last|true false|inside outside|above below|before after|always never
+OPPOSITES = """hot cold|big small|up down|left right|day night|open closed|fast slow|hard soft|high low|long short
+young old|rich poor|full empty|wet dry|light dark|happy sad|early late|near far|strong weak|clean dirty|good bad
+win lose|buy sell|push pull|give take|first last|true false|inside outside|above below|before after|always never
 love hate|start stop|cheap expensive|thick thin|wide narrow|loud quiet|brave afraid|sweet sour|sharp blunt
 safe dangerous|begin end|arrive leave|laugh cry|sink float|lend borrow|easy difficult|smooth rough|deep shallow
 wild tame|awake asleep|raise lower|remember forget|build destroy|friend enemy|front back|north south|east west
@@ -102,7 +102,10 @@ TASKS = {
         ["How many letters has it?", "Count the letters.", "How long is the word {}?"],
     ),
     "double": (of_word(lambda w: f"{w} {w}"), ["Say this twice.", "Repeat the word.", "Write {} two times."]),
-    "plural": (of_word(plural), ["Give the plural.", "What are several of these called?", "What is the plural of {}?"]),
+    "plural": (
+        of_word(plural),
+        ["Give the plural.", "What are several of these called?", "What is the plural of {}?"],
+    ),
     "opposite": (
         of_pairs(pairs(OPPOSITES), both=True),
         ["Give the opposite.", "What is the opposite of {}?", "Name the contrary."],

@@ -70,7 +70,8 @@ def continuing(tokenizer: Any, text: str) -> list[int]:
 
 def closed(tokenizer: Any, ids: list[int]) -> list[int]:
     """Return ids with the end token after them, once; a chat's own end-of-turn token, space after it, is an end too."""
-    special = set(getattr(tokenizer, "all_special_ids", None) or ()) - {_id(tokenizer, "bos_token_id")}
+    none = {_id(tokenizer, f"{kind}_token_id") for kind in ("bos", "unk", "pad")} - {_id(tokenizer, "eos_token_id")}
+    special = set(getattr(tokenizer, "all_special_ids", None) or ()) - none
     last = next((i for i in reversed(ids) if tokenizer.decode([i]).strip()), None)
     return ids if last is not None and last in special else [*ids, end_token(tokenizer)]
 

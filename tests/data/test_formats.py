@@ -81,6 +81,13 @@ def test_begin_and_end_stand_once(tmp_path, tokenizer):
     assert tokenizer.decode(row.input_ids) == "<s>the cat</s>"
 
 
+@pytest.mark.parametrize("kind", ["unk_token", "pad_token", "bos_token"])
+def test_a_special_token_that_ends_nothing_is_no_end(tmp_path, kind):
+    odd = make_tokenizer(begin=False, additional_special_tokens=[], **{kind: "<|im_end|>"})
+    row = only(tmp_path, {"prompt": "the", "completion": "cat<|im_end|>"}, odd, "prompt_completion")
+    assert trained(odd, row) == "cat<|im_end|></s>"
+
+
 def test_a_pad_token_that_is_the_end_token_changes_nothing(tmp_path, tokenizer):
     both = make_tokenizer(pad_token="</s>")
     rows = [only(tmp_path, {"prompt": "the", "completion": "cat"}, t, "prompt_completion") for t in (tokenizer, both)]
