@@ -14,8 +14,8 @@ SCRATCH = Path("runs/quickstart-data")  # not in the repository: 7 MB that come 
 PRETRAIN_ROWS, LOOSE_ROWS, TRAIN_ROWS, EVAL_ROWS = 120_000, 80_000, 8_000, 240
 CODES = {"reverse": "flip", "upper": "loud", "first": "head", "last": "tail", "length": "size", "double": "twin"}
 CODES |= {"plural": "heap", "opposite": "anti", "colour": "hue", "sum": "plus", "larger": "peak", "next": "then"}
-FILLERS = """the a of is it in on to and for with this that these what which how do you can we one so please my your there
-now all by from as at be has have its or not but they""".split()
+FILLERS = """the a of is it in on to and for with this that these what which how do you can we one so please my your
+there now all by from as at be has have its or not but they""".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = """
 apple arm baby bag ball band bank bath beach bean bear bed bee bell bench bird boat body bone book boot bottle bowl

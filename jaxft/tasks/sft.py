@@ -190,7 +190,7 @@ def evaluate(
         return figures, []
     written: list[tuple[Example, str]] = []
     for part in data.held_out:
-        rows = [row for row in part.examples if row.answer is not None and row.prompt]
+        rows = [row for row in part.examples if row.answer is not None and 0 < row.prompt < len(row)]
         if not (e.exact_match or e.scores):
             rows = rows[: max(0, e.samples - len(written))]
         if rows:

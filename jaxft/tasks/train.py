@@ -69,46 +69,47 @@ class Job:
         run.check_free(config, resume=self.resume)
         if not self.resume:
             run.begin(config)
-        with ExitStack() as open_files:
-            checkpoints = open_files.enter_context(Checkpoints(run.checkpoints, keep=config.train.keep))
+        with ExitStack() as opened:
+            checkpoints = opened.enter_context(Checkpoints(run.checkpoints, keep=config.train.keep))
             state = self._start(checkpoints)
             trackers = make_trackers(config.trackers, run.path, config.model_dump(mode="json"))
             for tracker in trackers:
-                open_files.callback(tracker.finish)
-            first = int(state.step)
-            if first == 0:
+                opened.callback(tracker.finish)
+            if int(state.step) == 0:
                 self._evaluate(state, trackers)
-            seconds = time.perf_counter()
-            with Progress(self.steps, start=first) as progress:
-
-                def log(n: int, figures: dict[str, float]) -> None:
-                    rate = {"learning_rate": float(self.schedule(n - 1))}
-                    for tracker in trackers:
-                        tracker.log(n, {"loss": figures["loss"], **rate, **figures})
-                    progress.update(n, loss=figures["loss"], tokens_per_second=figures["tokens_per_second"])
-
-                def look(state: TrainState) -> None:
-                    figures = self._evaluate(state, trackers)
-                    progress.say(f"step {int(state.step)}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-
-                hooks: dict[Callable[[TrainState], None], int] = {}
-                if config.data.eval:
-                    hooks[look] = config.train.eval_every or self.steps
-                hooks[checkpoints.save] = config.train.save_every or self.steps
-                state = fit(
-                    state,
-                    make_train_step(next_token_loss, accumulate=config.train.accumulate),
-                    self.batches.iterate(first),
-                    steps=self.steps,
-                    log_every=config.train.log_every,
-                    log=log,
-                    hooks=hooks,
-                )
-            checkpoints.save(state)
-            if config.data.eval and self._last_evaluated() != self.steps:
-                self._evaluate(state, trackers)
-            seconds = time.perf_counter() - seconds
+            began = time.perf_counter()
+            progress = opened.enter_context(Progress(self.steps, start=int(state.step)))
+            state = self._fit(state, checkpoints, trackers, progress)
+            seconds = time.perf_counter() - began
         return self._finish(state, seconds)
+
+    def _fit(self, state: TrainState, checkpoints: Checkpoints, trackers: list[Any], progress: Progress) -> TrainState:
+        train = self.config.train
+
+        def log(n: int, figures: dict[str, float]) -> None:
+            rate = {"learning_rate": float(self.schedule(n - 1))}
+            for tracker in trackers:
+                tracker.log(n, {"loss": figures["loss"], **rate, **figures})
+            progress.update(n, loss=figures["loss"], tokens_per_second=figures["tokens_per_second"])
+
+        def look(state: TrainState) -> None:
+            figures = self._evaluate(state, trackers)
+            if figures:
+                progress.say(f"step {int(state.step)}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+
+        state = fit(
+            state,
+            make_train_step(next_token_loss, accumulate=train.accumulate),
+            self.batches.iterate(int(state.step)),
+            steps=self.steps,
+            log_every=train.log_every,
+            log=log,
+            hooks={look: train.eval_every or self.steps, checkpoints.save: train.save_every or self.steps},
+        )
+        checkpoints.save(state)
+        if self._last_evaluated() != self.steps:
+            look(state)
+        return state
 
     def _start(self, checkpoints: Checkpoints) -> TrainState:
         if not self.resume or checkpoints.latest is None:
