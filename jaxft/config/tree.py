@@ -4,20 +4,23 @@ import re
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
 Path = tuple[str | int, ...]
 Places = dict[Path, str]
 TAG = "tag:yaml.org,2002:"
+KINDS = ("null", "bool", "int", "float", "str", "timestamp", "map", "seq")
 
 
-def parse(text: str, where: str) -> tuple[Any, Places, list[str]]:
+def parse(text: str, where: str, root: Path | None = None) -> tuple[Any, Places, list[str]]:
     """Read YAML.
 
     Args:
         text: The YAML.
-        where: What its lines are called: a file's name, to which `:line` is added, or a flag, as it is.
+        where: What it is called: a file's name, to which `:line` is added, or, where `root` is given, a flag.
+        root: The path of what the text is the value of.
 
     Returns:
         The tree of dicts, lists and scalars; the place of every key and item, by path; and what is wrong, a line each:
@@ -31,41 +34,49 @@ def parse(text: str, where: str) -> tuple[Any, Places, list[str]]:
     places: Places = {}
     problems: list[str] = []
 
-    def at(node: Any) -> str:
-        return f"{where}:{node.start_mark.line + 1}" if where.endswith((".yaml", ".yml")) else where
+    def at(line: int) -> str:
+        return f"{where}:{line + 1}" if root is None else where
+
+    def wrong(node: Any, path: Path, what: str) -> None:
+        problems.append(": ".join([at(node.start_mark.line), *([dotted(path)] if path else []), what]))
 
     def build(node: Any, path: Path) -> Any:
-        places.setdefault(path, at(node))
+        places.setdefault(path, at(node.start_mark.line))
+        if str(node.tag).removeprefix(TAG) not in KINDS:
+            wrong(node, path, f"the tag {node.tag} is not known: leave it out")
         if isinstance(node, MappingNode):
-            found: dict[Any, Any] = {}
+            found: dict[str, Any] = {}
             for key, value in node.value:
-                inner = (*path, str(key.value))
-                if key.value in found:
-                    problems.append(f"{at(key)}: {dotted(inner)}: the key stands twice; the first is {places[inner]}")
-                    continue
                 if not isinstance(key, ScalarNode) or key.tag == TAG + "merge":
-                    problems.append(f"{at(key)}: a key is a plain word")
+                    wrong(key, path, "a key is a plain word (and a text that begins with { stands in quotes)")
                     continue
-                places[inner] = at(key)
+                inner = (*path, key.value)
+                if key.value in found:
+                    wrong(key, inner, f"the key stands twice; the first is {places[inner]}")
+                    continue
+                places[inner] = at(key.start_mark.line)
                 found[key.value] = build(value, inner)
             return found
         if isinstance(node, SequenceNode):
             return [build(item, (*path, i)) for i, item in enumerate(node.value)]
-        value, wrong = _scalar(node)
-        if wrong:
-            problems.append(f"{at(node)}: {dotted(path)}: {wrong}")
+        value, what = _scalar(node)
+        if what:
+            wrong(node, path, what)
         return value
 
+    old = re.search(r"^%YAML\s+1\.[01]\b", text, re.MULTILINE)
+    if old:  # its `on` would be true and its 010 would be 8
+        return None, places, [f"{at(text.count(chr(10), 0, old.start()))}: not YAML 1.2: take the line {old[0]} away"]
     try:
-        root = YAML(typ="rt", pure=True).compose(text)
+        node = YAML(typ="rt", pure=True).compose(text)
+        return None if node is None else build(node, root or ()), places, problems
     except MarkedYAMLError as error:
-        mark = error.problem_mark if where.endswith((".yaml", ".yml")) else None
-        line = f":{mark.line + 1}" if mark is not None else ""
-        return None, places, [f"{where}{line}: not valid YAML: {error.problem}"]
-    except YAMLError as error:
-        return None, places, [f"{where}: not valid YAML: {str(error).splitlines()[0]}"]
-    tree = None if root is None else build(root, ())
-    return tree, places, problems
+        mark = error.problem_mark or error.context_mark
+        return None, places, [f"{at(mark.line)}: not valid YAML: {error.problem or error.context}"]
+    except ReaderError as error:
+        return None, places, [f"{at(text.count(chr(10), 0, error.position))}: not valid YAML: {error.reason}"]
+    except RecursionError:
+        return None, places, [f"{where}: nested too deeply, or an alias (*) to what it stands in"]
 
 
 def _scalar(node: ScalarNode) -> tuple[Any, str]:
@@ -73,18 +84,19 @@ def _scalar(node: ScalarNode) -> tuple[Any, str]:
     kind, text = str(node.tag).removeprefix(TAG), node.value
     if kind == "null":
         return None, ""
-    if kind == "bool":
+    if kind == "bool" and text.lower() in ("true", "false"):
         return text.lower() == "true", ""
-    if kind == "float":
-        return float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan").lower()), ""
-    if kind == "int":
-        if re.fullmatch(r"[+-]?0\d+", text):
-            plain = text.lstrip("+-").lstrip("0") or "0"
-            return None, f"{text} is {_octal(text)} to some readers of YAML and {plain} to others: write {plain}"
-        if "_" in text:
-            return None, f"{text}: write the number without _"
-        return int(text, 0), ""
-    return text, ""
+    if kind not in ("bool", "int", "float"):
+        return text, ""
+    if kind == "int" and re.fullmatch(r"[+-]?0\d+", text):
+        plain = text.lstrip("+-").lstrip("0") or "0"
+        return None, f"{text} is {_octal(text)} to some readers of YAML and {plain} to others: write {plain}"
+    if "_" in text:
+        return None, f"{text}: write the number without _"
+    try:
+        return int(text, 0) if kind == "int" else float(re.sub(r"\.(?=inf|nan)", "", text.lower())), ""
+    except ValueError:  # a tag that is not true (!!int abc), or more digits than Python reads
+        return None, f"{text[:40]!r} cannot be read as {kind}"
 
 
 def _octal(text: str) -> str:
@@ -97,6 +109,15 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
+def path_of(text: str) -> Path:
+    """Return the path that `dotted` has written.
+
+    >>> path_of("data.train.0.path")
+    ('data', 'train', 0, 'path')
+    """
+    return tuple(int(step) if re.fullmatch(r"[0-9]+", step) else step for step in text.split("."))
+
+
 def place_of(path: Path, places: Places) -> str:
     """Return the place of a path, or of the nearest one above it that is written."""
     while path and path not in places:
@@ -106,26 +127,24 @@ def place_of(path: Path, places: Places) -> str:
 
 def put(tree: Any, places: Places, path: Path, value: Any, inner: Places, where: str) -> str:
     """Set one value in a tree, as `--set` does; return what is wrong with the path, "" if nothing is."""
-    at = tree
-    for i, step in enumerate(path[:-1]):
+    at, real = tree, list(path)
+    for i, step in enumerate(path):
+        last = i == len(path) - 1
         if isinstance(at, list):
             if not isinstance(step, int) or step >= len(at):
                 return f"{where}: {dotted(path[:i])} is a list of {len(at)}; give a number below that"
-            at = at[step]
         elif isinstance(at, dict):
-            if at.get(str(step)) is None:
-                at[str(step)] = {}
-            at = at[str(step)]
+            step = real[i] = str(step)
+            if not last and at.get(step) is None:
+                at[step], places[tuple(real[: i + 1])] = {}, where
         else:
             return f"{where}: {dotted(path[:i])} is {at!r}, which has no {step!r} in it"
-    last = path[-1]
-    if isinstance(at, dict):
-        at[str(last)] = value
-    elif isinstance(at, list) and isinstance(last, int) and last < len(at):
-        at[last] = value
-    else:
-        return f"{where}: {dotted(path[:-1])} is {at!r}, which has no {last!r} in it"
-    for old in [p for p in places if p[: len(path)] == path]:
+        if last:
+            at[step] = value
+        else:
+            at = at[step]
+    done = tuple(real)
+    for old in [p for p in places if p[: len(path)] == done]:
         del places[old]
-    places |= {(*path, *more): where for more in inner} | {path: where}
+    places |= {(*done, *p[len(path) :]): where for p in inner} | {done: where}
     return ""
