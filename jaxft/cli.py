@@ -1,5 +1,6 @@
 """The command line: `jaxft train CONFIG`, and what is done before and after."""
 
+import json
 import logging
 import os
 import sys
@@ -123,7 +124,7 @@ def export(
 def _config(file: str, sets: list[str] | None, output: str | None = None) -> Any:
     from .config import load_config
 
-    return load_config(file, [*(sets or ()), *([f"output={output}"] if output else [])])
+    return load_config(file, [*(sets or ()), *([f"output={json.dumps(output)}"] if output else [])])
 
 
 def _device() -> str:
@@ -141,7 +142,7 @@ def _show(summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     print()
     for name, after in summary["after"].items():
         before = summary["before"].get(name)
-        print(f"{name:20} {before:.4f} -> {after:.4f}" if isinstance(before, float) else f"{name:20} {after}")
+        print(f"{name:20} {_figure(before)} -> {_figure(after)}")
     print(f"trained {summary['trainable_parameters']:,} parameters ({summary['trainable_percent']:.2f} %)")
     print(f"{summary['steps']:,} steps in {summary['seconds']:.0f} s")
     kind = "adapter" if "adapter" in summary else "model"
@@ -160,6 +161,10 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(_refused(f"{where}{error.strerror or error}"))
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _unraisable(left: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from .errors import CheckpointError, RunError
 from .interop.folder import load_adapter
-from .methods.method import adapters
+from .methods.method import adapters, detach
 from .methods.switch import set_adapter
 from .models.causal import CausalLM
 from .models.hub import load_model, resolve
@@ -64,6 +64,8 @@ def load_run(run: RunFolder, *, dtype: Any = None, remat: str = "none", abstract
     model, tokenizer = load(config.model.path, dtype=dtype or config.model.dtype, remat=remat, abstract=abstract)
     if abstract:
         raise RunError(f"{run.path}: an adapter is read with its weights; give the base model for shapes alone")
+    if config.method is None and adapters(model):  # it went on with the adapter that it found, which this one replaces
+        model = detach(model, next(reversed(adapters(model))))
     model = load_adapter(model, run.adapter, name=free_name(model))
     return (set_adapter(model, dict.fromkeys(adapters(model), 1.0)) if adapters(model) else model), tokenizer
 

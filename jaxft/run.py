@@ -89,7 +89,7 @@ class RunFolder:
         """Return what was logged in a file of one object a line, up to a step."""
         if not file.is_file():
             return []
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
         return [row for row in rows if up_to is None or row["step"] <= up_to]
 
     def add_samples(self, rows: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ def width_of(length: int) -> int:
     [32, 48, 64, 96, 256]
     """
     width = NARROWEST
-    while width < length:
+    while width < length:  # powers of two, and half-way between them
         width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
     return width
 

@@ -1,7 +1,7 @@
 """Conversations through the tokenizer's chat template: which tokens the assistant said, exact to the token."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import DataError
@@ -9,6 +9,14 @@ from .tokens import Example, end_token, example
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private characters: no template and no text has a use for them
+TIDIED: tuple[Callable[[str], str], ...] = (  # many templates trim what they are given
+    str,
+    str.strip,
+    str.lstrip,
+    str.rstrip,
+    lambda said: said.strip("\n"),
+    lambda said: said.lstrip("\n"),
+)
 GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
@@ -16,8 +24,8 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
     """Render a conversation once and train what the assistant said: its words and the end of its turn, no header.
 
     Where the template marks them (`{% generation %}`), its marks are followed. Elsewhere the words are found in the
-    rendered text, and the end of a turn is the special token that follows them; after the last turn the end token is
-    added if the template writes none.
+    rendered text; a turn begins where the prompt that asks for it ends, and its end is the special token that follows.
+    After the last turn the end token is added if the template writes none.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
@@ -35,8 +43,13 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
     ids: list[int] = list(coded["input_ids"])
     offsets: list[tuple[int, int]] = list(coded["offset_mapping"])
     spans = [(start, _turn_end(tokenizer, text, end)) for start, end in spans]
+    unended = messages[-1]["role"] == "assistant" and not _ends(tokenizer, text[spans[-1][0] : spans[-1][1]])
+    if (
+        unended
+    ):  # what the template writes after the last answer leads to the end token, and is written by the model too
+        spans[-1] = (spans[-1][0], len(text))
     inside = [any(_said(text, a, b, start, end) for start, end in spans) for a, b in offsets]
-    if not _ends(tokenizer, text[spans[-1][0] : spans[-1][1]]) and not text[spans[-1][1] :].strip():
+    if unended:
         ids, inside = [*ids, end_token(tokenizer)], [*inside, True]
     prompt = next((i for i, (_, b) in enumerate(offsets) if b > spans[-1][0] and inside[i]), len(ids))
     answer = next(m["content"] for m in reversed(messages) if m["role"] == "assistant")
@@ -85,18 +98,37 @@ def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, 
             raise DataError("the chat template marks no answer ({% generation %}) in this conversation")
         return texts[0], [(int(mark[0]), int(mark[1])) for mark in marks[0]]
     plain = tokenizer.apply_chat_template(list(messages), tokenize=False)
-    for tidy in (str, str.strip):  # many templates trim what they are given
+    for tidy in TIDIED:
         marked = [
             {**m, "content": f"{OPEN}{tidy(m['content'])}{CLOSE}"} if m["role"] == "assistant" else m for m in messages
         ]
         text = tokenizer.apply_chat_template(marked, tokenize=False)
         spans = _take_marks(text)
         if spans is not None and text.replace(OPEN, "").replace(CLOSE, "") == plain:
-            return plain, spans
+            said = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            begun = [_asked(tokenizer, messages[:i], plain, at) for i, (at, _) in zip(said, spans, strict=True)]
+            return plain, [(start, end) for start, (_, end) in zip(begun, spans, strict=True)]
     raise DataError(
         "the chat template rewrites what the assistant said, so it cannot be found in the rendered text: mark the "
         "answers in the template with {% generation %} ... {% endgeneration %}"
     )
+
+
+def _asked(tokenizer: Any, before: Sequence[dict[str, str]], text: str, words: int) -> int:
+    """Return where the model begins to write a turn: where the prompt that asks for it ends, or at its words.
+
+    Between the two stand a space, or an empty block of thoughts, that it must write itself.
+    """
+    try:
+        asked, plain = (
+            tokenizer.apply_chat_template(list(before), tokenize=False, add_generation_prompt=on)
+            for on in (True, False)
+        )
+    except Exception:  # a template that cannot render what stands before the first answer
+        return words
+    if not text.startswith(asked) or len(asked) > words:
+        return words
+    return len(asked) if asked != plain or not text[len(asked) : words].strip() else words
 
 
 def _take_marks(text: str) -> list[tuple[int, int]] | None:
@@ -117,7 +149,9 @@ def _take_marks(text: str) -> list[tuple[int, int]] | None:
 
 def _specials(tokenizer: Any) -> list[str]:
     added = [t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()]
-    return sorted({*added, *tokenizer.all_special_tokens} - {tokenizer.bos_token}, key=len, reverse=True)
+    return sorted(
+        {*added, *tokenizer.all_special_tokens} - ({tokenizer.bos_token} - {tokenizer.eos_token}), key=len, reverse=True
+    )
 
 
 def _turn_end(tokenizer: Any, text: str, end: int) -> int:

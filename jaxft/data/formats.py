@@ -8,7 +8,7 @@ from ..errors import DataError
 from .chat import ROLES, encode_chat
 from .rows import SHOWN
 from .templates import Template
-from .tokens import Example, closed, continuing, example, opening
+from .tokens import Example, closed, closed_text, continuing, example, opening
 
 Encode = Callable[[Any, Mapping[str, Any], Template], Example]
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -51,7 +51,11 @@ def _messages(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> 
     turns = fields.get("messages")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise DataError(f"messages: a list of turns is expected, {_lacks('messages', fields)}")
-    said = [{"role": _role(turn), "content": _text(turn, "content", empty=True)} for turn in turns]
+    if any(turn.get("tool_calls") for turn in turns):
+        raise DataError(
+            "messages: tool_calls are not supported: leave the conversation out, or write the call as content"
+        )
+    said = [{**turn, "role": _role(turn), "content": _text(turn, "content", empty=True)} for turn in turns]
     answers = [turn["content"] for turn in said if turn["role"] == "assistant"]
     if not any(answer.strip() for answer in answers):
         raise DataError("messages: the assistant says nothing in this conversation, so nothing would be trained")
@@ -60,10 +64,16 @@ def _messages(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> 
 
 def _document(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> Example:
     del template
-    ids = closed(tokenizer, opening(tokenizer, _text(fields, "text")))
+    ids = closed_text(tokenizer, opening(tokenizer, _text(fields, "text")))
     return example(ids, [True] * len(ids))
 
 
+COLUMNS = {
+    "instruction": ("instruction", "input", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
 FORMATS: dict[str, Encode] = {
     "instruction": _instruction,
     "prompt_completion": _prompt_completion,

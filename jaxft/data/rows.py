@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,24 +87,26 @@ def _text(file: Path) -> str:
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         return raw.decode("utf-8-sig")  # with or without a byte order mark
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read ({error})") from None
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise DataError(f"{file}:{line}: not UTF-8 (byte {error.start}): save it as UTF-8") from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that stands twice, of which `json` would take the last silently."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice")
+        found[key] = value
+    return found
+
+
 def _object(text: str, place: str) -> Row | BadRow:
-    """Read one JSON object; a key twice, which `json` would take silently, is a fault."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = {key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])}
-        if twice:
-            raise ValueError(f"the key {sorted(twice)[0]!r} stands twice")
-        return dict(pairs)
-
     try:
-        fields = json.loads(text, object_pairs_hook=once)
+        fields = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         return BadRow(place, f"not valid JSON ({error}): {text.strip()[:SHOWN]}")
     return _row(fields, place)
@@ -129,7 +132,7 @@ def _json(file: Path) -> Iterator[Row | BadRow]:
         yield from _jsonl(file)  # many files of this name hold one object a line
         return
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise DataError(f"{file}:{line}: not valid JSON ({error})") from None
@@ -166,8 +169,8 @@ def _parquet(file: Path) -> Iterator[Row | BadRow]:
 
     try:
         rows = pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a whole Parquet file ({error})") from None
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{file}: a Parquet file that cannot be read ({error})") from None
     for number, fields in enumerate(rows, 1):
         yield Row(fields, f"{file}: row {number}")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import DataError, nearest, refuse
 from .chat import check_template
-from .formats import FORMATS
+from .formats import COLUMNS, FORMATS
 from .rows import BadRow, Row, read_rows
 from .templates import Template
 from .tokens import Example
@@ -80,6 +80,8 @@ def load_dataset(
     """
     if format not in FORMATS:
         raise DataError(f"format {format!r} is unknown; {nearest(format, FORMATS)}")
+    odd = [f"{key}: {format} rows have no such column; {nearest(key, COLUMNS[format])}" for key in columns or {}]
+    refuse(DataError, f"{path}: columns", [line for line in odd if line.split(":")[0] not in COLUMNS[format]])
     if format == "messages":
         check_template(tokenizer)
     made = [

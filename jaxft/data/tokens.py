@@ -34,7 +34,8 @@ class Example:
 
     def cut(self, length: int) -> "Example":
         """Return the first tokens; ids and labels are cut together, so that the mask cannot shift."""
-        return dataclasses.replace(self, input_ids=self.input_ids[:length], labels=self.labels[:length])
+        whole = self if self.prompt < length else dataclasses.replace(self, prompt=0, answer=None)  # no answer is left
+        return dataclasses.replace(whole, input_ids=self.input_ids[:length], labels=self.labels[:length])
 
     @property
     def trained(self) -> int:
@@ -69,7 +70,13 @@ def continuing(tokenizer: Any, text: str) -> list[int]:
 
 
 def closed(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Return ids with the end token after them, once; a chat's own end-of-turn token, space after it, is an end too."""
+    """Return ids with the end token after them, once."""
+    end = end_token(tokenizer)
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def closed_text(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Return ids with the end token after them, unless a special token ends them, of a chat rendered elsewhere."""
     none = {_id(tokenizer, f"{kind}_token_id") for kind in ("bos", "unk", "pad")} - {_id(tokenizer, "eos_token_id")}
     special = set(getattr(tokenizer, "all_special_ids", None) or ()) - none
     last = next((i for i in reversed(ids) if tokenizer.decode([i]).strip()), None)

@@ -8,6 +8,7 @@ import jax
 
 from ..config import Config, Source
 from ..data import Dataset, Template, load_dataset
+from ..data.batches import width_of
 from ..data.tokens import Example
 from ..errors import BatchError, DataError, RunError, refuse
 from ..loading import free_name, load, load_run, load_tokenizer
@@ -164,13 +165,28 @@ def steps_of(config: Config, data: Data) -> int:
     return math.ceil((config.train.epochs or 1) * sum(map(len, data.train)) / config.train.batch_size)
 
 
-def check_vocabulary(data: Data, model: Any) -> None:
-    """Refuse rows with tokens that the model does not know.
+def check_fit(config: Config, data: Data, model: Any) -> None:
+    """Refuse rows with tokens that the model does not know, or that it has no positions for.
 
     Raises:
-        BatchError: The tokenizer is not this model's.
+        BatchError: The tokenizer is not this model's, or `data.max_length` is too long for it.
     """
-    known = model.config.vocab_size
+    known, positions = model.config.vocab_size, getattr(model.config, "n_positions", None)
+    longest = max((len(row) for part in (*data.train, *data.held_out) for row in part.examples), default=0)
+    if positions is not None and width_of(longest) > positions:
+        fits = max((n for n in range(positions + 1) if width_of(n) <= positions), default=positions)
+        raise BatchError(
+            f"data.max_length {config.data.max_length}: the longest row has {longest} tokens and is padded to "
+            f"{width_of(longest)}, but this model has {positions} positions: set it to {fits}"
+        )
+    e = config.evaluation
+    if positions is not None and (e.exact_match or e.scores or e.samples):
+        asked = max((row.prompt for part in data.held_out for row in part.examples), default=0)
+        if asked and asked + e.max_new_tokens > positions:
+            raise BatchError(
+                f"evaluation.max_new_tokens {e.max_new_tokens}: the longest prompt has {asked} tokens, and this model "
+                f"has {positions} positions: set it to {max(positions - asked, 1)}, or a shorter data.max_length"
+            )
     for part in (*data.train, *data.held_out):
         for row in part.examples:
             if int(row.input_ids.max()) >= known:

@@ -52,7 +52,7 @@ class Job:
         self.schedule = sft.schedule_of(config, self.steps)
         self.remat = sft.choose_remat(config)
         self.state = sft.load_state(config, self.steps)
-        sft.check_vocabulary(self.data, self.state.frozen)
+        sft.check_fit(config, self.data, self.state.frozen)
         self.eval_batch_size = config.evaluation.batch_size or config.train.batch_size
         for line in self.data.notes():
             say(line)

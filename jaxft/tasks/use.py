@@ -32,7 +32,7 @@ def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float
     sft.check_evaluation(config, data)
     base, _ = sft.base_of(config)
     model = load(run.path, dtype=config.model.dtype)[0] if run else sft.load_base(config, base, "none")
-    sft.check_vocabulary(data, model)
+    sft.check_fit(config, data, model)
     batch_size = config.evaluation.batch_size or config.train.batch_size
     return prefixed(sft.evaluate(model, config, data, batch_size)[0])
 

@@ -28,7 +28,7 @@ INSIDE = MARKED.replace(" {% endgeneration %}{% else %}", "<|im_end|>{% endgener
 EXPECTED = [
     (CHATML, ["  the mat  <|im_end|>", "the cat? 你好 the mat<|im_end|>"]),
     (LLAMA2, [" the mat </s>", " the cat? 你好 the mat </s>"]),  # " the" is one token: the space goes with it
-    (PLAIN, ["  the mat  ", " the cat? 你好 the mat", "</s>"]),  # the line's end between them is the template's
+    (PLAIN, ["  the mat  ", " the cat? 你好 the mat\n</s>"]),  # the line's end leads to the end token
     (MARKED, ["  the mat   <|im_end|>", "the cat? 你好 the mat <|im_end|>"]),
     (INSIDE, ["  the mat  <|im_end|>", "the cat? 你好 the mat<|im_end|>"]),
 ]
@@ -72,6 +72,36 @@ def test_the_same_words_in_the_question_are_not_trained():
     row = encode_chat(tokenizer, turns)
     assert stretches(tokenizer, row) == ["the cat<|im_end|>"]
     assert row.prompt > len(row) // 2
+
+
+def test_one_token_that_begins_and_ends():
+    """GPT-2's way: the end token is the begin token, and still it ends a turn and is trained."""
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(begin=False, bos_token="</s>", chat_template=template)
+    assert stretches(tokenizer, encode_chat(tokenizer, TURNS)) == ["  the mat  </s>", "the cat? 你好 the mat</s>"]
+
+
+def test_what_the_model_must_write_before_its_words_is_trained():
+    """A block of thoughts that the template adds, after the prompt that asks for the turn."""
+    block = "{{ '<think>\\n\\n</think>\\n\\n' if m['role'] == 'assistant' and loop.last else '' }}"
+    template = CHATML.replace("\n{{ m['content'] }}", "\n" + block + "{{ m['content'] }}")
+    tokenizer = make_tokenizer(chat_template=template)
+    row = encode_chat(tokenizer, TURNS)
+    expected = ["  the mat  <|im_end|>", "<think>\n\n</think>\n\nthe cat? 你好 the mat<|im_end|>"]
+    assert stretches(tokenizer, row) == expected
+    assert row.input_ids[: row.prompt].tolist() == chat_prompt(tokenizer, TURNS[:-1])
+
+
+def test_a_conversation_whose_last_answer_is_cut_away_has_none():
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    row = encode_chat(tokenizer, TURNS)
+    cut = row.cut(row.prompt)
+    assert (cut.prompt, cut.answer) == (0, None)
+    assert cut.trained > 0
+    assert row.cut(row.prompt + 1).answer == row.answer
 
 
 def test_a_conversation_that_ends_with_a_question():

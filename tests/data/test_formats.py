@@ -136,6 +136,10 @@ BAD = [
     ("messages", {"messages": [{"role": "user", "content": "x"}]}, "messages: the assistant says nothing"),
     ("messages", {"messages": [{"role": "robot", "content": "x"}]}, "messages: unknown role 'robot'; there are system"),
     ("messages", {"messages": [{"role": "user"}]}, "content: text is expected"),
+    (
+        *("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}),
+        "messages: tool_calls are not supported",
+    ),
 ]
 
 
@@ -162,6 +166,8 @@ def test_columns_of_other_names(tmp_path, tokenizer):
     names = {"prompt": "question", "completion": "answer"}
     (row,) = load(tmp_path, rows, tokenizer, "prompt_completion", columns=names).examples
     assert trained(tokenizer, row) == "cat</s>"
+    with pytest.raises(DataError, match="promt: prompt_completion rows have no such column; nearest: 'prompt'"):
+        load(tmp_path, rows, tokenizer, "prompt_completion", columns={"promt": "question"})
     with pytest.raises(DataError, match="frage: the row has no such column; it has 'question', 'answer'"):
         load(tmp_path, rows, tokenizer, "prompt_completion", columns={"prompt": "frage"})
 

@@ -25,7 +25,7 @@ output: run
 """
 ROWS = [
     {"instruction": f"the {w}", "input": "on" * (i % 2), "output": w}
-    for i, w in enumerate(["cat", "mat", "end", "it"] * 5)
+    for i, w in enumerate(["cat", "mat\u2028", "end", "it"] * 5)
 ]
 SAVED = ("config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "report/curves.png", "summary.json", "adapter")
 
@@ -102,7 +102,7 @@ def test_a_run_leaves_what_it_should(done):
     assert 0 <= summary["after"]["eval_accuracy"] <= 1
     assert summary["trainable_parameters"] == sum(x.size for x in tensors(done).values())
     assert sorted(p.name for p in (done / "checkpoints").iterdir()) == ["3", "6"]
-    samples = [json.loads(line) for line in (done / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (done / "samples.jsonl").read_text().split("\n")[:-1]]
     assert len(samples) == 6
     assert samples[0]["prompt"] == "the cat:"
     assert samples[0]["expected"] == "cat"
@@ -204,7 +204,7 @@ def test_a_disk_that_is_full(run, place, monkeypatch):
 
 def test_a_run_over_a_run(done, run, place):
     """Without a method its adapter goes on training; with one it lies frozen beneath; both begin where it ended."""
-    after = json.loads((done / "summary.json").read_text())["after"]
+    first = json.loads((done / "summary.json").read_text())["after"]
     config = CONFIG.replace("path: base", "path: done").replace("steps: 6", "steps: 2")
     method = "method: {name: lora, r: 2, target_modules: all-linear, dropout: 0.1}\n"
     assert method in config
@@ -214,7 +214,10 @@ def test_a_run_over_a_run(done, run, place):
         code, _, err = run("train", f"{name}.yaml", "--output", name)
         assert code == 0, err
         before = json.loads((place / name / "summary.json").read_text())["before"]
-        assert before["eval_loss"] == pytest.approx(after["eval_loss"], rel=1e-6)
+        assert before["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
+        after = json.loads((place / name / "summary.json").read_text())["after"]
+        _, out, _ = run("evaluate", name)
+        assert float(out.split("eval_loss ")[1].split()[0]) == pytest.approx(after["eval_loss"], abs=2e-6)
     assert tensors(place / "on").keys() == tensors(done).keys()
     assert not same(tensors(place / "on"), tensors(done))
     both, _ = jaxft.load("over")
@@ -293,6 +296,8 @@ BAD = [
     ("path: base", "path: untold", "untold: it holds no tokenizer"),
     ("path: base", "path: small", "the token"),
     ("max_length: 60", "max_length: 3", "no row is left to use"),
+    ("path: base", "path: short", "data.max_length 60: the longest row has "),
+    ("path: base", "path: few", "evaluation.max_new_tokens 30: the longest prompt has "),
     ("all-linear", "[q_prj]", "q_prj"),
     ("output: run", "output: base", "the folder holds other files"),
     ("output: run", "output: c.yaml", "this is a file; give another"),
@@ -306,8 +311,13 @@ def test_what_is_wrong_ends_before_the_first_step(run, place, old, new, message)
     if not (place / "small").exists():
         jaxft.save_model(jaxft.testing.tiny_llama(), place / "untold")
         jaxft.save_model(jaxft.testing.tiny_llama(), place / "small", make_tokenizer())
+        jaxft.save_model(jaxft.testing.tiny_gpt2(vocab_size=300, n_positions=16), place / "short", make_tokenizer())
+        jaxft.save_model(jaxft.testing.tiny_gpt2(vocab_size=300, n_positions=32), place / "few", make_tokenizer())
     assert CONFIG.count(old) == 1
-    (place / "bad.yaml").write_text(CONFIG.replace(old, new))
+    text = CONFIG.replace(old, new).replace(
+        "max_new_tokens: 4", "max_new_tokens: 30" if "few" in new else "max_new_tokens: 4"
+    )
+    (place / "bad.yaml").write_text(text)
     before = sorted(p.name for p in place.iterdir())
     code, _, err = run("train", "bad.yaml")
     assert code == 2
