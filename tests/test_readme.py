@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
     rows = [{"instruction": f"Name number {i}.", "input": "", "output": f"It is {i}."} for i in range(40)]
     for name, some in (("rows.jsonl", rows), ("held-out.jsonl", rows[:4])):
         (where / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+    (where / "text.jsonl").write_text('{"text": "reverse: stone -> enots"}\n' * 8)
     (where / "configs").symlink_to(ROOT / "configs")
     (where / "my.yaml").write_text(YAML)
     return where
@@ -50,11 +51,13 @@ def test_the_command_lines_run(folder, monkeypatch, capsys):
     """Each in the order of the README, in one folder; the quickstart's own config for three steps."""
     monkeypatch.chdir(folder)
     lines = re.findall(r"^jaxft ([^\\\n]+(?:\\\n[^\\\n]+)*)", README, re.MULTILINE)
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert {line.split()[0] for line in lines} == {"train", "validate", "evaluate", "generate", "export"}
     for line in lines:
         words = shlex.split(line.replace("\\\n", " "), comments=True)
         short = ["--set", "train.steps=3", "--set", "optimizer.warmup_steps=0"] if "configs/" in line else []
+        if "base.yaml" in line:  # its rows are made by the line before it
+            short += ["--set", "data.train=text.jsonl", "--set", "train.batch_size=4"]
         monkeypatch.setattr(sys, "argv", ["jaxft", *words, *short])
         with pytest.raises(SystemExit) as left:
             cli.main()

@@ -314,9 +314,8 @@ def test_what_is_wrong_ends_before_the_first_step(run, place, old, new, message)
         jaxft.save_model(jaxft.testing.tiny_gpt2(vocab_size=300, n_positions=16), place / "short", make_tokenizer())
         jaxft.save_model(jaxft.testing.tiny_gpt2(vocab_size=300, n_positions=32), place / "few", make_tokenizer())
     assert CONFIG.count(old) == 1
-    text = CONFIG.replace(old, new).replace(
-        "max_new_tokens: 4", "max_new_tokens: 30" if "few" in new else "max_new_tokens: 4"
-    )
+    new_tokens = 30 if new == "path: few" else 4
+    text = CONFIG.replace(old, new).replace("max_new_tokens: 4", f"max_new_tokens: {new_tokens}")
     (place / "bad.yaml").write_text(text)
     before = sorted(p.name for p in place.iterdir())
     code, _, err = run("train", "bad.yaml")
