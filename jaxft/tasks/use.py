@@ -28,10 +28,12 @@ def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float
     """
     if not config.data.eval:
         raise RunError("there are no held-out rows to evaluate on: set data.eval (--set data.eval=FILE)")
+    if run is not None:  # the run is where one would begin
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(run.path)})})
     data = sft.load_data(config, train=False)
     sft.check_evaluation(config, data)
     base, _ = sft.base_of(config)
-    model = load(run.path, dtype=config.model.dtype)[0] if run else sft.load_base(config, base, "none")
+    model = sft.load_base(config, base, "none")
     sft.check_fit(config, data, model)
     batch_size = config.evaluation.batch_size or config.train.batch_size
     return prefixed(sft.evaluate(model, config, data, batch_size)[0])
