@@ -1,5 +1,6 @@
 """The command line: `jaxft train CONFIG`, and what is done before and after."""
 
+import io
 import json
 import logging
 import os
@@ -154,6 +155,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for its own models
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs tracebacks of errors that it raises too
     sys.unraisablehook = _unraisable
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a log too, what is said comes in the order it was said
     try:
         app()
     except JaxftError as error:
