@@ -103,7 +103,7 @@ def test_truncation_never_shifts_the_mask(tmp_path, tokenizer):
         data = load(tmp_path, [row], tokenizer, "prompt_completion", max_length=length)
         (cut,) = data.examples
         assert cut.input_ids.tolist() == whole.input_ids[:length].tolist()
-        assert cut.labels.tolist() == whole.labels[:length].tolist()
+        assert cut.labels.tolist() == [-100] * whole.prompt + whole.input_ids[whole.prompt : length].tolist()
         assert data.cut == (length < len(whole))
         seen += 1
     assert seen == len(whole) - whole.prompt + 1 > 3
