@@ -54,8 +54,7 @@ def generate(
         raise GenerationError("generate turns text into tokens and back: give a tokenizer, or use jaxft.generate_ids")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = [list(tokenizer(text)["input_ids"]) for text in texts]
-    if stop_ids is None:
-        stop_ids = sorted({*model.config.stop_ids, *_ids(tokenizer.eos_token_id)})
+    stop_ids = stops_of(model, tokenizer) if stop_ids is None else stop_ids
     new = generate_ids(
         model,
         ids,
@@ -67,6 +66,11 @@ def generate(
         stop_ids=stop_ids,
     )
     return [_continuation(tokenizer, prompt, row) for prompt, row in zip(ids, new, strict=True)]
+
+
+def stops_of(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: those of generation config, model config and tokenizer together."""
+    return sorted({*model.config.stop_ids, *_ids(tokenizer.eos_token_id)})
 
 
 def generate_ids(

@@ -8,13 +8,14 @@ from ..data import Template
 from ..data.chat import chat_prompt
 from ..data.tokens import opening
 from ..errors import CheckpointError, RunError
-from ..generation.generate import generate_ids
+from ..generation.generate import generate_ids, stops_of
 from ..interop.export import save_model
 from ..interop.folder import load_adapter, save_adapter
 from ..loading import load
 from ..methods import LoRA
 from ..methods.merge import merge
 from ..methods.method import adapters
+from ..methods.switch import set_adapter
 from ..run import RunFolder
 from ..train.evaluate import prefixed
 from . import sft
@@ -59,6 +60,8 @@ def generate(
         raise CheckpointError(f"{path}: it holds no tokenizer (tokenizer.json), which turns text into tokens")
     if adapter is not None:
         model = load_adapter(model, adapter, name="given")
+        if adapters(model):  # over the run's own, which stays active
+            model = set_adapter(model, dict.fromkeys(adapters(model), 1.0))
     run = RunFolder(path)
     config = run.config() if run.started and not raw else None
     form = config.data.train[0].format if config else "text"
@@ -70,8 +73,7 @@ def generate(
         ids = [chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
     else:
         ids = [opening(tokenizer, text) for text in prompts]
-    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    new = generate_ids(model, ids, stop_ids=sorted({*model.config.stop_ids, *ends}), **options)
+    new = generate_ids(model, ids, stop_ids=stops_of(model, tokenizer), **options)
     return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
 
 

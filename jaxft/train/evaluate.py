@@ -10,7 +10,7 @@ from ..data.batches import eval_batches
 from ..data.source import Dataset
 from ..data.tokens import Example
 from ..errors import DataError
-from ..generation.generate import generate_ids
+from ..generation.generate import generate_ids, stops_of
 
 
 def evaluate_loss(
@@ -81,14 +81,9 @@ def write_answers(
         picked = order[start : start + batch_size]
         filled = [*picked, *picked[-1:] * (batch_size - len(picked))]  # one shape: the last batch is filled up
         prompts = [examples[i].input_ids[: examples[i].prompt].tolist() for i in filled]
-        stops = sorted({*model.config.stop_ids, *_end(tokenizer)})
-        new = generate_ids(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stops)
+        new = generate_ids(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stops_of(model, tokenizer))
         answers |= {i: tokenizer.decode(ids, skip_special_tokens=True) for i, ids in zip(picked, new, strict=False)}
     return [answers[i] for i in range(len(examples))]
-
-
-def _end(tokenizer: Any) -> tuple[int, ...]:
-    return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
 
 def prefixed(figures: Mapping[str, float], prefix: str = "eval_") -> dict[str, float]:

@@ -136,6 +136,17 @@ def test_generate_asks_in_the_form_of_the_run(done, run):
     assert plain == raw
 
 
+def test_generate_with_an_adapter_over_a_run(done, run, monkeypatch):
+    """None of the two is silently left out."""
+    from jaxft.tasks import use
+
+    seen = []
+    monkeypatch.setattr(use, "generate_ids", lambda model, ids, **_: seen.append(model) or ids)
+    assert run("generate", done, "--adapter", done / "adapter", "--prompt", "the cat")[0] == 0
+    assert list(jaxft.adapters(seen[0])) == ["default", "given"]
+    assert seen[0].adapter_weights.get_value().tolist() == [1.0, 1.0]
+
+
 def test_export(done, run, place):
     code, out, _ = run("export", done, "--format", "peft", "--output", "out/peft")
     assert (code, out) == (0, "out/peft\n")
