@@ -28,9 +28,8 @@ def measure(layers):
     state = jaxft.TrainState.create(model, jaxft.LoRA(r=8, target_modules="all-linear"), optax.adamw(1e-3))
     step = jaxft.make_train_step(jaxft.losses.next_token_loss)
     ids = jnp.ones((4, 128), jnp.int32)
-    arguments = step.arguments(state, {"input_ids": ids, "labels": ids})
     start = time.process_time()
-    lowered = step.jitted.lower(**arguments)
+    lowered = step.trace(state, {"input_ids": ids, "labels": ids}).lower()
     traced = time.process_time()
     compiled = lowered.compile()
     return traced - start, time.process_time() - traced, compiled.memory_analysis().temp_size_in_bytes / 2**20

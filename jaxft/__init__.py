@@ -8,6 +8,7 @@ from .errors import (
     DataError,
     GenerationError,
     JaxftError,
+    MeshError,
     MethodError,
     OptimizerError,
     PartitionError,
@@ -24,6 +25,7 @@ from .methods.method import adapters, attach, detach
 from .methods.partition import combine, leaves, partition, select, trainable_mask
 from .methods.report import ParameterReport, parameter_report
 from .methods.switch import set_adapter
+from .parallel import make_mesh
 from .train.optimizer import decay_mask
 from .train.state import TrainState
 from .train.step import make_train_step
@@ -40,6 +42,7 @@ __all__ = [
     "GenerationError",
     "JaxftError",
     "LoRA",
+    "MeshError",
     "Method",
     "MethodError",
     "OptimizerError",
@@ -60,6 +63,7 @@ __all__ = [
     "load",
     "load_adapter",
     "losses",
+    "make_mesh",
     "make_train_step",
     "merge",
     "parameter_report",

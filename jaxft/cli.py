@@ -1,5 +1,6 @@
 """The command line: `jaxft train CONFIG`, and what is done before and after."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -120,6 +121,24 @@ def export(
     if not folder.started:
         raise RunError(f"{folder.path}: this is no run's folder (it holds no {CONFIG})")
     print(use.export(folder, format.value, output))
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    topology: Annotated[
+        str | None, typer.Option(help="A TPU slice, of which there need be none: v5e:4x4.", metavar="KIND:GRID")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of a table.")] = False,
+    sets: Overrides = None,
+) -> None:
+    """Say what a step will need of each device, and whether it fits; no data, no weights, no TPU."""
+    if topology is not None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiled for a TPU, which is not asked for
+    from .plan import make_plan
+
+    made = make_plan(_config(config, sets), topology)
+    print(json.dumps(dataclasses.asdict(made)) if as_json else made)
 
 
 def _config(file: str, sets: list[str] | None, output: str | None = None) -> Any:

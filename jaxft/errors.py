@@ -28,6 +28,10 @@ class BatchError(JaxftError):
     """A batch that cannot be trained on."""
 
 
+class MeshError(JaxftError):
+    """A mesh that the devices cannot form, or a parameter that does not divide over it."""
+
+
 class OptimizerError(JaxftError):
     """Something given as an optimiser that is none."""
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from .errors import CheckpointError, RunError
 from .interop.folder import load_adapter
 from .methods.method import adapters, detach
@@ -15,7 +17,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 def load(
-    path_or_hub_id: str | Path, *, dtype: Any = None, remat: str = "none", abstract: bool = False
+    path_or_hub_id: str | Path,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    remat: str = "none",
+    abstract: bool = False,
 ) -> tuple[CausalLM, Any]:
     """Load a model and its tokenizer.
 
@@ -23,6 +30,7 @@ def load(
         path_or_hub_id: A folder in Hugging Face layout with safetensors, one file or a sharded index; a hub id; or the
             folder of a finished run: its model, or the model that it began with and its adapter, active.
         dtype: Dtype of parameters and computation, `jnp.bfloat16` or `"bfloat16"` say; None: the checkpoint's own.
+        mesh: Split the parameters over a mesh of `jaxft.make_mesh`; each part goes to its device as it is read.
         remat: `"none"`, or `"full"`: recompute each layer in the backward pass, for memory.
         abstract: Shapes for arrays: no weights are read (nor needed), for reports and plans.
 
@@ -32,6 +40,7 @@ def load(
     Raises:
         CheckpointError: The folder or its files are missing, damaged, of an unknown family, or do not fit each other;
             every tensor concerned is named.
+        MeshError: A parameter does not divide over the mesh.
 
     >>> import jaxft, tempfile
     >>> folder = jaxft.save_model(jaxft.testing.tiny_llama(), tempfile.mkdtemp())
@@ -41,14 +50,17 @@ def load(
     """
     run = RunFolder(path_or_hub_id)
     if run.started:
-        return load_run(run, dtype=dtype, remat=remat, abstract=abstract)
+        return load_run(run, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract)
     folder = resolve(path_or_hub_id)
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype=dtype, remat=remat, abstract=abstract, source=str(path_or_hub_id))
+    options = {"dtype": dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
+    model = load_model(folder, **options, source=str(path_or_hub_id))
     return model, tokenizer
 
 
-def load_run(run: RunFolder, *, dtype: Any = None, remat: str = "none", abstract: bool = False) -> tuple[CausalLM, Any]:
+def load_run(
+    run: RunFolder, *, dtype: Any = None, mesh: Mesh | None = None, remat: str = "none", abstract: bool = False
+) -> tuple[CausalLM, Any]:
     """Return the model that a finished run has made, and its tokenizer. Arguments as of `load`.
 
     An adapter gets the first name that is free: "default", and over another run's adapter "default_2".
@@ -59,9 +71,10 @@ def load_run(run: RunFolder, *, dtype: Any = None, remat: str = "none", abstract
     if not run.finished:
         raise RunError(f"{run.path}: the run has not finished, so there is no model yet; go on with --resume")
     if run.model.is_dir():
-        return load(run.model, dtype=dtype, remat=remat, abstract=abstract)
+        return load(run.model, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract)
     config = run.config()
-    model, tokenizer = load(config.model.path, dtype=dtype or config.model.dtype, remat=remat, abstract=abstract)
+    options: dict[str, Any] = {"dtype": dtype or config.model.dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
+    model, tokenizer = load(config.model.source, **options)
     if abstract:
         raise RunError(f"{run.path}: an adapter is read with its weights; give the base model for shapes alone")
     if config.method is None and adapters(model):  # it went on with the adapter that it found, which this one replaces

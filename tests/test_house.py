@@ -12,6 +12,7 @@ import jaxft
 ROOT = Path(jaxft.__file__).parent
 ROWS = [
     ["errors"],
+    ["parallel"],
     ["models"],
     ["methods"],
     ["losses"],
@@ -25,6 +26,8 @@ ROWS = [
     ["scores"],
     ["report"],
     ["tasks"],
+    ["flops"],
+    ["plan"],
     ["testing"],
     ["__init__"],
     ["cli"],
@@ -44,7 +47,8 @@ MODELS = [
     "names",
 ]
 INSIDE = {
-    "models": [*MODELS, "tensors", "hub"],
+    "parallel": ["rules", "mesh", "topology", "__init__"],
+    "models": [*MODELS, "placement", "tensors", "hub"],
     "methods": [
         "linear",
         "method",
@@ -118,7 +122,7 @@ def test_public_names():
     assert all(hasattr(jaxft, name) for name in jaxft.__all__)
     assert set(jaxft.__all__) == {
         *("BatchError", "CheckpointError", "GenerationError", "JaxftError", "MethodError", "OptimizerError"),
-        *("ConfigError", "DataError", "RunError", "data"),
+        *("ConfigError", "DataError", "MeshError", "RunError", "data", "make_mesh"),
         *("PartitionError", "SelectionError", "BitFit", "Full", "LoRA", "Method", "ParameterReport", "TrainState"),
         *("adapters", "attach", "combine", "decay_mask", "detach", "generate", "generate_ids", "leaves", "load"),
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),

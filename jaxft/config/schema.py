@@ -1,11 +1,12 @@
 """What a config may hold: every key with its type, bounds and default."""
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..errors import ConfigError
 from ..methods import METHODS, Method
 
 Format = Literal["instruction", "prompt_completion", "messages", "text"]
@@ -27,12 +28,33 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """Where training begins: a folder, a hub id, or a run; `init: random` reads its `config.json` alone."""
+    """Where training begins: a folder, a hub id, or a run; `init: random` reads its `config.json` alone.
 
-    path: Text
+    `config` is a `config.json` by itself, a shape without weights: what `jaxft plan` looks at.
+    """
+
+    path: Text | None = None
+    config: Text | None = None
     init: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     remat: Literal["none", "full", "auto"] = "auto"
+
+    @property
+    def source(self) -> str:
+        """Where the weights are.
+
+        Raises:
+            ConfigError: There is a shape alone.
+        """
+        if self.path is None:
+            raise ConfigError("model.config is a shape without weights, for jaxft plan: set model.path to train")
+        return self.path
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if self.path is None and self.config is None:
+            raise wrong("it is missing (or model.config, a shape without weights, for jaxft plan)", "path")
+        return self
 
 
 class Source(Section):
@@ -133,6 +155,14 @@ class Train(Section):
         return accumulate
 
 
+class Mesh(Section):
+    """Devices along each axis; -1: what is left."""
+
+    data: Annotated[int, Field(ge=-1)] = -1
+    fsdp: Annotated[int, Field(ge=-1)] = 1
+    tensor: Annotated[int, Field(ge=-1)] = 1
+
+
 class Evaluation(Section):
     """What is measured on the held-out rows besides the loss."""
 
@@ -156,6 +186,7 @@ class Config(Section):
     data: Data
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
+    mesh: Mesh | None = None
     evaluation: Evaluation = Evaluation()
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
     output: Text

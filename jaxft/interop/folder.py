@@ -13,6 +13,7 @@ from ..methods import METHODS, Full, LoRA, Method
 from ..methods.method import adapters, copy_tree, parts_of
 from ..methods.partition import attached
 from ..methods.switch import set_adapter
+from ..models.placement import place
 from ..models.tensors import Tensors, read_json, replacing, write_tensors
 from .entries import PREFIX, Entry, entries, fill_entries
 from .peft import config_of, method_of
@@ -97,6 +98,7 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
     with Tensors(folder, WEIGHTS, CONVERT) as tensors:
         check_tensors(tensors, places, fresh)
         fill_entries(places, tensors.read)
+    fresh = place(fresh)
     if name not in adapters(fresh):
         return fresh
     old = model.adapter_weights.get_value() if adapters(model) else jnp.zeros(0)

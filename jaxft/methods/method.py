@@ -10,6 +10,7 @@ from flax import nnx
 from ..errors import MethodError
 from ..models.causal import CausalLM
 from ..models.names import variables
+from ..models.placement import place
 from ..models.seams import SLOTS, AdapterWeights, Delta
 from .linear import unseam
 
@@ -152,8 +153,8 @@ def attach(model: Any, method: Method, *, name: str = "default", seed: int = 0) 
 
     fresh = copy_tree(model)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(fresh)):
-        return jax.eval_shape(lambda m: build(copy_tree(m)), fresh)
-    return build(fresh)
+        return place(jax.eval_shape(lambda m: build(copy_tree(m)), fresh))
+    return place(build(fresh))
 
 
 def register(model: Any, name: str, method: Method) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import MethodError, nearest
 from ..models.names import is_variable
+from ..models.placement import beside
 from ..models.seams import AdapterWeights
 from .method import adapters
 
@@ -42,7 +43,7 @@ def set_adapter(model: Any, weights: Weights) -> Any:
         if not isinstance(variable, AdapterWeights) or variable.get_value() is None:
             return variable
         lead = variable.get_value().shape[: -old.ndim]
-        return variable.replace(jnp.broadcast_to(value, (*lead, *value.shape)))
+        return variable.replace(beside(jnp.broadcast_to(value, (*lead, *value.shape)), variable.get_value()))
 
     old = holder.adapter_weights.get_value()
     return jax.tree.map(change, model, is_leaf=is_variable)

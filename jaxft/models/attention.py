@@ -12,7 +12,14 @@ MASKED = -1e30  # finite, so that a query that sees nothing (a left pad) stays f
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+    platform: str | None = None,
 ) -> jax.Array:
     """Return `softmax(q k^T / sqrt(E)) v` over the keys that the mask allows.
 
@@ -23,12 +30,13 @@ def attend(
         mask: `[B or 1, 1, T, S]` bool.
         rate: Dropout on the probabilities, where a key is given.
         key: Dropout key.
+        platform: Kind of device that is compiled for; None: the default one.
 
     Returns:
         `[B, H, T, E]`, in the dtype of `q`.
     """
     drops = key is not None and rate > 0
-    if jax.default_backend() == "cpu" or drops:
+    if (platform or jax.default_backend()) == "cpu" or drops:
         return heads_first(q, k, v, mask, rate=rate, key=key)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, mask=mask).swapaxes(1, 2)

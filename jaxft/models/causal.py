@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..errors import BatchError
+from ..parallel.rules import constrain
 from .attention import causal_mask, default_positions
 from .cache import Cache
 from .config import ModelConfig
@@ -43,6 +44,7 @@ class CausalLM(nnx.Module):
 
     def context(self, rows: int, key: jax.Array | None = None, **fields: Any) -> Context:
         """Return the context of one pass: dropout key, adapter weights, mask and positions."""
+        fields["mesh"] = self.config.mesh
         if self.adapter_weights is None:
             return Context(key=key, **fields)
         weights = self.adapter_weights.get_value()
@@ -69,7 +71,9 @@ class CausalLM(nnx.Module):
 
     def head(self, hidden: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Map `[B, T, D]` to logits `[B, T, V]`."""
-        return self.lm_head(hidden, self.context(len(hidden), key), self.tied_kernel())
+        ctx = self.context(len(hidden), key)
+        hidden = constrain(hidden, ctx.mesh, "batch", None, None)
+        return constrain(self.lm_head(hidden, ctx, self.tied_kernel()), ctx.mesh, "batch", None, "vocab")
 
     def tied_kernel(self) -> jax.Array | None:
         """Return the kernel `[D, V]` that a head without one of its own calls: the embedding, transposed."""

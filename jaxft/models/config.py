@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ..errors import CheckpointError, refuse
 from .layers import ACTIVATIONS
@@ -21,6 +22,7 @@ class ModelConfig:
     Attributes:
         dtype: Dtype of computation; parameters are cast to it where they are used.
         remat: `"none"` or `"full"`: what the backward pass recomputes.
+        mesh: The mesh that the model lies on; None: one device.
         stop_ids: Tokens that end a text, from the model's and the generation config.
         source: Folder or hub id that the model came from.
         raw: The `config.json` as it was read, for writing it back.
@@ -36,6 +38,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: Any = FLOAT32
     remat: str = "none"
+    mesh: Mesh | None = None
     stop_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
     source: str = dataclasses.field(default="", compare=False)
     raw: str = dataclasses.field(default="{}", compare=False)

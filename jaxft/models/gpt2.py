@@ -81,7 +81,8 @@ class GPT2Attention(nnx.Module):
             q = q * c.head_dim**0.5
         if cache is not None:
             cache, k, v = cache.write(ctx.layer, k, v)
-        out = attend(q, k, v, ctx.mask, rate=c.attn_pdrop, key=ctx.key_for(PROBABILITIES))
+        drops: dict[str, Any] = {"rate": c.attn_pdrop, "key": ctx.key_for(PROBABILITIES)}
+        out = attend(q, k, v, ctx.mask, **drops, platform=ctx.platform)
         return self.c_proj(out.swapaxes(1, 2).reshape(b, t, d), ctx), cache
 
 

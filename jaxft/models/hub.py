@@ -1,8 +1,8 @@
 """A Hugging Face folder or hub id in, a model out: a walk over the mirrored names, tensor by tensor into place."""
 
 import dataclasses
-import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from ..errors import CheckpointError, refuse
 from . import FAMILIES
 from .causal import CausalLM
 from .config import token_ids
 from .names import LEAF_NAMES, Named, parameters
+from .placement import place
 from .tensors import Tensors, read_json
 
 NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -41,21 +43,30 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         ) from None
 
 
-def read_config(folder: Path, *, dtype: Any = jnp.float32, remat: str = "none", source: str = "") -> Any:
-    """Read a folder's `config.json` into the record of its family, stop tokens of the generation config added."""
-    raw = read_json(folder / "config.json")
-    family = FAMILIES.get(str(raw.get("model_type")))
-    if family is None:
-        known = ", ".join(FAMILIES)
-        what = "an adapter: load its base model, then jaxft.load_adapter" if "peft_type" in raw else "not supported"
-        raise CheckpointError(
-            f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is {what}; there are {known}"
-        )
-    config = family.config_class.from_raw(raw, dtype=jnp.dtype(dtype), remat=remat, source=source or str(folder))
+def read_config(folder: Path, **options: Any) -> Any:
+    """Read a folder's `config.json` into the record of its family, stop tokens of the generation config added.
+
+    Options as of `read_shape`.
+    """
+    config = read_shape(folder / "config.json", **{"source": str(folder), **options})
     if (folder / "generation_config.json").is_file():
         more = token_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
         config = dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*config.stop_ids, *more))))
     return config
+
+
+def read_shape(
+    file: Path, *, dtype: Any = None, remat: str = "none", mesh: Mesh | None = None, source: str = ""
+) -> Any:
+    """Read a `config.json` by itself; the dtype is the one that it declares, if no other is given."""
+    raw = read_json(file)
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if family is None:
+        known = ", ".join(FAMILIES)
+        what = "an adapter: load its base model, then jaxft.load_adapter" if "peft_type" in raw else "not supported"
+        raise CheckpointError(f"{file}: model_type {raw.get('model_type')!r} is {what}; there are {known}")
+    dtype = config_dtype(raw) if dtype is None else float_dtype(dtype)
+    return family.config_class.from_raw(raw, dtype=dtype, remat=remat, mesh=mesh, source=source or str(file))
 
 
 def abstract_model(config: Any) -> CausalLM:
@@ -63,14 +74,15 @@ def abstract_model(config: Any) -> CausalLM:
     family: Any = next(f for f in FAMILIES.values() if f.config_class is type(config))
     model = jax.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
     shaped = lambda s: jax.ShapeDtypeStruct(s.shape, config.dtype)  # noqa: E731
-    return jax.tree.map(shaped, model)
+    return place(jax.tree.map(shaped, model))
 
 
 def fresh_model(config: Any, seed: int = 0) -> Any:
-    """Return the model of a config with random parameters, in the config's dtype."""
+    """Return the model of a config with random parameters, in the config's dtype, on the config's mesh."""
     family: Any = next(f for f in FAMILIES.values() if f.config_class is type(config))
+    where = jax.tree.map(lambda s: s.sharding, abstract_model(config))
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=where)
     def make() -> Any:
         return jax.tree.map(lambda x: x.astype(config.dtype), family(config, rngs=nnx.Rngs(seed)))
 
@@ -78,17 +90,22 @@ def fresh_model(config: Any, seed: int = 0) -> Any:
 
 
 def load_model(
-    folder: Path, *, dtype: Any = None, remat: str = "none", abstract: bool = False, source: str = ""
+    folder: Path,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    remat: str = "none",
+    abstract: bool = False,
+    source: str = "",
 ) -> CausalLM:
     """Read a checkpoint folder into its family's model. Arguments, result and errors as of `jaxft.load`."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is an adapter: load its base model, then jaxft.load_adapter(model, {str(folder)!r})"
         )
-    config = read_config(folder, remat=remat, source=source)
+    config = read_config(folder, dtype=dtype, remat=remat, mesh=mesh, source=source or str(folder))
     if abstract:
-        declared = config_dtype(json.loads(config.raw)) if dtype is None else float_dtype(dtype)
-        return abstract_model(config.replace(dtype=declared))
+        return abstract_model(config)
     with Tensors(folder) as tensors:
         model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
         fill(model, tensors)
@@ -132,9 +149,9 @@ def fill(model: CausalLM, tensors: Tensors) -> None:
         + [f"{name} is not a tensor of this model" for name in extra]
         + [f"{n} is {tensors.kinds[on_disk[n]]}; weights are floats" for n in wanted if tensors.integer(on_disk.get(n))]
         + [
-            f"{name} is {tensors.shapes[on_disk[name]]} on disk, {disk_shape(*place)} by config.json"
-            for name, place in wanted.items()
-            if name in on_disk and tensors.shapes[on_disk[name]] != disk_shape(*place)
+            f"{name} is {tensors.shapes[on_disk[name]]} on disk, {disk_shape(*spot)} by config.json"
+            for name, spot in wanted.items()
+            if name in on_disk and tensors.shapes[on_disk[name]] != disk_shape(*spot)
         ],
     )
     untied = spare & set(on_disk) and not same_table(tensors, on_disk["lm_head.weight"], on_disk[table_name(model)])
@@ -172,16 +189,37 @@ def disk_shape(named: Named, leaf: str, variable: nnx.Param[Any]) -> tuple[int, 
 
 
 def assemble(tensors: Tensors, sources: list[str], variable: nnx.Param[Any]) -> jax.Array:
-    """Read the tensors of one leaf, one after the other, into one buffer of the leaf's shape and dtype."""
-    place = variable.get_value()
-    buffer = np.empty(place.shape, place.dtype)
+    """Read the tensors of one leaf, one after the other, into one array of its shape, dtype and sharding.
+
+    On a mesh each part is read and put on its devices by itself, so no more than one part is in the host's memory.
+    """
+    there = variable.get_value()
     transposed = variable.get_metadata("transposed", False)
-    whole = buffer.reshape(len(sources), *place.shape[-len(tensors.shapes[sources[0]]) :])
-    for slot, source in zip(whole, sources, strict=True):
-        tensor = tensors.read(source)
+    if there.sharding is None:
+        return jnp.asarray(_part(tensors, sources, there, (slice(None),) * len(there.shape), transposed))
+    groups: dict[str, list[Any]] = {}  # the devices that hold the same part
+    for device, index in there.sharding.addressable_devices_indices_map(there.shape).items():
+        groups.setdefault(str(index), [index]).append(device)
+    arrays = []
+    for index, *devices in groups.values():
+        part = _part(tensors, sources, there, index, transposed)
+        arrays += [jax.device_put(part, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(there.shape, there.sharding, arrays)
+
+
+def _part(
+    tensors: Tensors, sources: list[str], there: Any, index: tuple[slice, ...], transposed: bool
+) -> np.ndarray[Any, Any]:
+    """Read a part of a leaf, given by a slice of each of its axes; of a stack, each layer has a source of its own."""
+    shape = [len(range(*s.indices(n))) for s, n in zip(index, there.shape, strict=True)]
+    buffer = np.empty(shape, there.dtype)
+    inner = index[-len(tensors.shapes[sources[0]]) :]
+    chosen = sources[index[0]] if len(inner) < len(index) else sources
+    for slot, source in zip(buffer.reshape(len(chosen), *shape[-len(inner) :]), chosen, strict=True):
+        tensor = tensors.read(source, inner[::-1] if transposed else inner)
         with np.errstate(over="ignore"):  # what a narrower dtype cannot hold is found, and named, afterwards
             slot[...] = tensor.T if transposed else tensor
-    return jnp.asarray(buffer)
+    return buffer
 
 
 @jax.jit

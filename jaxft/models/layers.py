@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..parallel.rules import constrain
 from .seams import Context, add_deltas, lift, mix, read
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -96,9 +97,14 @@ class Embed(nnx.Module):
 
     def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
         """Look ids `[B, T]` up: `[B, T, D]`. Copies are mixed after the look-up, so a row may have its own."""
-        rows = self.embedding.get_value()[ids]
+
+        def look_up(table: jax.Array) -> jax.Array:  # whole vectors are looked up, and then split by row
+            rows = constrain(table, ctx.mesh, "vocab", None)[ids]
+            return constrain(rows, ctx.mesh, "batch", None, None)
+
+        rows = look_up(self.embedding.get_value())
         for name, copies in (self.saved or {}).items():
-            rows = mix(rows, copies.embedding.get_value()[ids], ctx.weight(name))
+            rows = mix(rows, look_up(copies.embedding.get_value()), ctx.weight(name))
         return rows
 
     def as_kernel(self) -> jax.Array:

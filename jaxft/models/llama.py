@@ -81,7 +81,8 @@ class LlamaAttention(nnx.Module):
         v = heads(self.v_proj(x, ctx))
         if cache is not None:
             cache, k, v = cache.write(ctx.layer, k, v)
-        out = attend(q, k, v, ctx.mask, rate=self.config.attention_dropout, key=ctx.key_for(PROBABILITIES))
+        drops: dict[str, Any] = {"rate": self.config.attention_dropout, "key": ctx.key_for(PROBABILITIES)}
+        out = attend(q, k, v, ctx.mask, **drops, platform=ctx.platform)
         return self.o_proj(out.swapaxes(1, 2).reshape(b, t, -1), ctx), cache
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 SLOTS = ("delta", "saved")
 
@@ -63,6 +64,7 @@ class Context:
         rope: Cosines and sines `[B, 1, T, head_dim / 2]`, float32, where the family rotates.
         layer: Index of the layer, inside the stack.
         names: Names of the adapters, in the order of `weights`.
+        mesh: The mesh that the model lies on; None: one device.
     """
 
     key: jax.Array | None = None
@@ -72,6 +74,12 @@ class Context:
     rope: tuple[jax.Array, jax.Array] | None = None
     layer: jax.Array | None = None
     names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def platform(self) -> str:
+        """The kind of device that the pass is compiled for."""
+        return jax.default_backend() if self.mesh is None else str(self.mesh.devices.flat[0].platform)
 
     def replace(self, **changes: Any) -> "Context":
         """Return a copy with some fields changed."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..parallel.rules import constrain
 from .cache import Cache
 from .seams import Context
 
@@ -57,10 +58,12 @@ def run(layers: Any, x: jax.Array, ctx: Context, cache: Cache | None, remat: str
         cache: Carried along, in the scan's carry: as scanned input and output it would be held twice.
         remat: `"none"`, or `"full"`: keep only each layer's input for the backward pass.
     """
+    rows = ("batch", None, None)
 
     def body(carry: Any, xs: Any) -> tuple[Any, None]:
         layer, index = xs
-        return layer(carry[0], ctx.at_layer(index), carry[1]), None
+        x, cache = layer(constrain(carry[0], ctx.mesh, *rows), ctx.at_layer(index), carry[1])
+        return (constrain(x, ctx.mesh, *rows), cache), None
 
     if remat == "full":
         body = jax.checkpoint(body, prevent_cse=False)

@@ -80,9 +80,11 @@ class Tensors:
         self._owner.clear()
         self._stack.close()
 
-    def read(self, name: str) -> np.ndarray[Any, Any]:
-        """Read one tensor."""
-        return self._owner[name].get_tensor(name)
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray[Any, Any]:
+        """Read one tensor, or the part of it that slices of its axes leave."""
+        if index is None or all(part == slice(None) for part in index):
+            return self._owner[name].get_tensor(name)
+        return self._owner[name].get_slice(name)[index]
 
     def integer(self, name: str | None) -> bool:
         """Tell whether a tensor is there and holds no floats."""

@@ -2,21 +2,25 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from ..config import Config, Source
 from ..data import Dataset, Template, load_dataset
 from ..data.batches import width_of
 from ..data.tokens import Example
-from ..errors import BatchError, DataError, RunError, refuse
+from ..errors import BatchError, DataError, MeshError, RunError, refuse
 from ..loading import free_name, load, load_run, load_tokenizer
 from ..losses.language import next_token_loss
 from ..methods import Full, Method
 from ..methods.merge import merge
 from ..methods.method import adapters, parts_of
 from ..models.hub import fresh_model, read_config, resolve
+from ..parallel import make_mesh
+from ..parallel.rules import batch_devices
 from ..run import RunFolder
 from ..scores import SCORES, check_scores, exact_match
 from ..train.evaluate import evaluate_loss, write_answers
@@ -50,10 +54,10 @@ def base_of(config: Config) -> tuple[RunFolder | None, Any]:
     Raises:
         DataError: The folder has no tokenizer.
     """
-    run = RunFolder(config.model.path)
+    run = RunFolder(config.model.source)
     at = run
     while at.started and not at.model.is_dir():
-        at = RunFolder(at.config().model.path)  # the adapter's base may be a run too
+        at = RunFolder(at.config().model.source)  # the adapter's base may be a run too
     folder = at.model if at.started else resolve(at.path)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
@@ -104,9 +108,8 @@ def load_state(config: Config, steps: int) -> TrainState:
     beneath. Full fine-tuning merges it first.
     """
     run, _ = base_of(config)
-    remat = choose_remat(config)
     method = config.make_method()
-    model = load_base(config, run, remat)
+    model = load_base(config, run, choose_remat(config), choose_mesh(config))
     name = free_name(model)
     if method is None:
         if run is None or run.model.is_dir():
@@ -114,37 +117,57 @@ def load_state(config: Config, steps: int) -> TrainState:
         method = run.config().make_method() or _inherited(run)
         name = next(reversed(adapters(model)), "default")
         kept = None if name in adapters(model) else method
-        return TrainState.create(model, kept, _optimizer(config, steps), seed=config.train.seed, name=name)
+        return TrainState.create(model, kept, optimizer_of(config, steps), seed=config.train.seed, name=name)
     if adapters(model) and any(isinstance(part, Full) for part in parts_of(method)):
         model, name = merge(model), "default"
-    return TrainState.create(model, method, _optimizer(config, steps), seed=config.train.seed, name=name)
+    return TrainState.create(model, method, optimizer_of(config, steps), seed=config.train.seed, name=name)
 
 
 def _inherited(run: RunFolder) -> Method:
     """Return the method of a run that itself went on with an earlier run's."""
-    earlier = RunFolder(run.config().model.path)
+    earlier = RunFolder(run.config().model.source)
     return earlier.config().make_method() or _inherited(earlier)
 
 
-def load_base(config: Config, run: RunFolder | None, remat: str) -> Any:
+def load_base(config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None = None) -> Any:
     """Return the model that a config begins with: loaded, a run's, or random by its `config.json` alone."""
-    dtype = config.model.dtype
+    path = config.model.source
+    options: dict[str, Any] = {"dtype": config.model.dtype, "remat": remat, "mesh": mesh}
     if run is not None:
-        return load_run(run, dtype=dtype, remat=remat)[0]
+        return load_run(run, **options)[0]
     if config.model.init == "random":
-        shape = read_config(resolve(config.model.path), dtype=dtype or "float32", remat=remat, source=config.model.path)
-        return fresh_model(shape, config.train.seed)
-    return load(config.model.path, dtype=dtype, remat=remat)[0]
+        options["dtype"] = config.model.dtype or "float32"
+        return fresh_model(read_config(resolve(path), **options, source=path), config.train.seed)
+    return load(path, **options)[0]
 
 
-def choose_remat(config: Config) -> str:
+def choose_remat(config: Config, platform: str | None = None) -> str:
     """Return what the backward pass recomputes: with `auto` everything on an accelerator, where memory is dear."""
     if config.model.remat != "auto":
         return config.model.remat
-    return "none" if jax.default_backend() == "cpu" else "full"
+    return "none" if (platform or jax.default_backend()) == "cpu" else "full"
 
 
-def _optimizer(config: Config, steps: int) -> Any:
+def choose_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """Return the mesh that a config asks for, of all devices; None: the first device alone.
+
+    Raises:
+        MeshError: The devices cannot form it, or the rows of a batch do not divide over it.
+    """
+    if config.mesh is None:
+        return None
+    mesh = make_mesh(**config.mesh.model_dump(), devices=devices)
+    rows, parts = config.train.batch_size // config.train.accumulate, batch_devices(mesh)
+    if rows % parts:
+        raise MeshError(
+            f"train.batch_size {config.train.batch_size}: {rows} rows of a micro-batch do not divide over the "
+            f"{parts} devices of data x fsdp; take a multiple of {parts * config.train.accumulate}"
+        )
+    return mesh
+
+
+def optimizer_of(config: Config, steps: int) -> Any:
+    """Return the optimiser of a config."""
     o = config.optimizer
     moments = {"b1": o.b1, "b2": o.b2, "eps": o.eps}
     return make_optimizer(

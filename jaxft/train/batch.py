@@ -12,7 +12,7 @@ from ..losses.language import IGNORED
 TOKENS = ("input_ids", "labels", "attention_mask", "position_ids", "segment_ids")
 
 
-def check_batch(batch: Mapping[str, Any], accumulate: int = 1, vocabulary: int | None = None) -> None:
+def check_batch(batch: Mapping[str, Any], accumulate: int = 1, vocabulary: int | None = None, devices: int = 1) -> None:
     """Refuse a batch whose shapes disagree, that does not divide, or that trains nothing.
 
     Shapes are always looked at; labels where they lie in the host's memory, so that no step waits for an accelerator
@@ -22,6 +22,7 @@ def check_batch(batch: Mapping[str, Any], accumulate: int = 1, vocabulary: int |
         batch: Arrays whose first axis is the rows.
         accumulate: Number of micro-batches that the rows are split into.
         vocabulary: Number of tokens that the model knows, where that is known.
+        devices: Parts that the rows of a micro-batch are split into (data x fsdp of a mesh).
 
     Raises:
         BatchError: Everything that is wrong, at once.
@@ -33,10 +34,12 @@ def check_batch(batch: Mapping[str, Any], accumulate: int = 1, vocabulary: int |
     odd = [
         f"{name} is a {type(x).__name__}; give a numpy or jax array" for name, x in batch.items() if not _is_array(x)
     ]
-    refuse(BatchError, "a batch that cannot be trained on", odd or list(_problems(batch, accumulate, vocabulary)))
+    refuse(
+        BatchError, "a batch that cannot be trained on", odd or list(_problems(batch, accumulate, vocabulary, devices))
+    )
 
 
-def _problems(batch: Mapping[str, Any], accumulate: int, vocabulary: int | None) -> Any:
+def _problems(batch: Mapping[str, Any], accumulate: int, vocabulary: int | None, devices: int) -> Any:
     shapes = {name: np.shape(x) for name, x in batch.items()}
     rows = {name: shape[0] if shape else None for name, shape in shapes.items()}
     if len(set(rows.values())) > 1 or None in rows.values():
@@ -54,6 +57,9 @@ def _problems(batch: Mapping[str, Any], accumulate: int, vocabulary: int | None)
     n = next(iter(rows.values()))
     if n is not None and n % accumulate:
         yield f"{n} rows do not divide into accumulate={accumulate} micro-batches"
+    elif n is not None and n // accumulate % devices:
+        each = f"{n // accumulate} rows of a micro-batch" if accumulate > 1 else f"{n} rows"
+        yield f"{each} do not divide over {devices} devices (data x fsdp of the mesh)"
     for name in ("input_ids", "labels"):
         if name in batch and vocabulary is not None and _on_host(batch[name]):
             ids = _counted(name, batch)

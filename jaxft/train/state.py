@@ -10,6 +10,8 @@ import optax
 from ..errors import MethodError, OptimizerError
 from ..methods.method import Method, adapters
 from ..methods.partition import attached, combine, leaves, partition
+from ..models.placement import mesh_of, move, place, shardings
+from ..parallel.rules import repeated
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +58,8 @@ class TrainState:
         """Attach the method, split the model, copy what will be trained, and start the optimiser.
 
         Args:
-            model: A model; it keeps its arrays whatever the steps do. It may carry adapters already.
+            model: A model; it keeps its arrays whatever the steps do. It may carry adapters already. Of one with
+                shapes for arrays (`abstract=True`) the state has shapes too, for plans and reports.
             method: What to attach and train; None goes on with the adapter `name` that the model carries.
             tx: Any optax optimiser. It sees the trained leaves alone, as a dict by path.
             seed: Of the adapter's initial values, and of the root key.
@@ -80,17 +83,27 @@ class TrainState:
                 f"{tx!r} is no optimiser: give an optax.GradientTransformation, such as optax.adamw(2e-4) "
                 "(called, with a learning rate)"
             )
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model)):
-            raise MethodError("this model has shapes for arrays (abstract=True): load it whole to train it")
         model = attached(model, method, name=name, seed=seed)
         method = adapters(model)[name] if method is None else method
         names = list(adapters(model))
-        if name in names and not bool(model.adapter_weights.get_value()[..., names.index(name)].any()):
+        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model))
+        if name in names and not abstract and not bool(model.adapter_weights.get_value()[..., names.index(name)].any()):
             raise MethodError(f"the adapter {name!r} has weight 0 and would not train; jaxft.set_adapter turns it on")
         trainable, frozen = partition(model, method, name=name)
-        trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
-        opt_state = jax.tree.map(jnp.copy, tx.init(leaves(trainable)))  # some optimisers keep the parameters themselves
-        return cls(jnp.int32(0), trainable, frozen, opt_state, jax.random.key(seed), tx, method, name)
+
+        def first() -> tuple[jax.Array, jax.Array]:
+            return jnp.int32(0), jax.random.key(seed)
+
+        if abstract:
+            shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
+            trainable, counters = place(shaped), jax.eval_shape(first)
+            opt_state = optimizer_shapes(tx, trainable)
+        else:
+            trainable = place(jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable))
+            opt_state, counters = start(tx, trainable), first()
+        mesh = mesh_of(trainable)
+        step, key = counters if mesh is None else (move(x, repeated(mesh)) for x in counters)
+        return cls(step, trainable, frozen, opt_state, key, tx, method, name)
 
     @property
     def model(self) -> Any:
@@ -100,3 +113,29 @@ class TrainState:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def start(tx: optax.GradientTransformation, trainable: Any) -> Any:
+    """Return the optimiser's first state, its arrays split as the parameters are that they belong to."""
+    params = leaves(trainable)
+    if mesh_of(trainable) is None:
+        return jax.tree.map(jnp.copy, tx.init(params))  # some optimisers keep the parameters themselves
+    where = jax.tree.map(lambda s: s.sharding, optimizer_shapes(tx, trainable))
+    return jax.jit(lambda p: jax.tree.map(jnp.copy, tx.init(p)), out_shardings=where)(params)
+
+
+def optimizer_shapes(tx: optax.GradientTransformation, trainable: Any) -> Any:
+    """Return the optimiser's state as shapes; on a mesh what is as large as its parameter is split as that is."""
+    params, mesh = leaves(trainable), mesh_of(trainable)
+    shapes = jax.eval_shape(tx.init, params)
+    if mesh is None:
+        return shapes
+    whole, where = repeated(mesh), shardings(trainable)
+    beside = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path]) for path, x in params.items()}
+    return optax.tree.map_params(
+        tx,
+        lambda x, p: move(x, p.sharding if x.shape == p.shape else whole),
+        shapes,
+        beside,
+        transform_non_params=lambda x: move(x, whole),
+    )

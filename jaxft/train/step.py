@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from ..errors import BatchError
+from ..errors import BatchError, MethodError
 from ..methods.partition import combine, leaves
 from ..models.names import variables
+from ..models.placement import mesh_of, shardings
+from ..parallel.rules import batch_devices, constrain, repeated, rows_sharding
 from .batch import check_batch
 from .state import TrainState
 
@@ -37,13 +40,30 @@ class TrainStep:
     """A compiled step, called as `state, metrics = step(state, batch)`. See `make_train_step`."""
 
     def __init__(self, loss: ModelLoss, accumulate: int):
-        self.accumulate = accumulate
-        self.jitted = jax.jit(
-            partial(train_step, loss, accumulate), static_argnames="tx", donate_argnames=("trainable", "opt_state")
-        )
+        self.loss, self.accumulate = loss, accumulate
+        self.programs: dict[Any, Any] = {}
 
-    def arguments(self, state: TrainState, batch: Batch) -> dict[str, Any]:
-        """Return what `jitted` takes, for looking at the compiled step: `step.jitted.lower(**...)`."""
+    def program(self, state: TrainState) -> Any:
+        """Return the jitted step for states like this one: one, whatever changes only in value.
+
+        On a mesh it has explicit out-shardings: what comes out lies as what went in, or the next step would be
+        compiled again.
+        """
+        mesh = mesh_of(state.frozen)
+        kind = None if mesh is None else jax.tree.structure((state.trainable, state.opt_state))
+        if kind not in self.programs:
+            options: dict[str, Any] = {"static_argnames": "tx", "donate_argnames": ("trainable", "opt_state")}
+            if mesh is not None:
+                lies = jax.tree.map(lambda x: x.sharding, (state.step, state.trainable, state.opt_state))
+                options["out_shardings"] = (*lies, repeated(mesh))
+            self.programs[kind] = jax.jit(partial(train_step, self.loss, self.accumulate), **options)
+        return self.programs[kind]
+
+    def trace(self, state: TrainState, batch: Batch) -> Any:
+        """Return the traced step, to look at (`.jaxpr`, `.lower().compile()`); both may be shapes for arrays."""
+        return self.program(state).trace(**self._arguments(state, batch))
+
+    def _arguments(self, state: TrainState, batch: Batch) -> dict[str, Any]:
         return {
             "step": state.step,
             "trainable": state.trainable,
@@ -56,8 +76,14 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Take one step."""
-        check_batch(batch, self.accumulate, getattr(getattr(state.frozen, "config", None), "vocab_size", None))
-        step, trainable, opt_state, metrics = self.jitted(**self.arguments(state, batch))
+        if isinstance(state.step, jax.ShapeDtypeStruct):
+            raise MethodError("this model has shapes for arrays (abstract=True): load it whole to train it")
+        vocabulary = getattr(getattr(state.frozen, "config", None), "vocab_size", None)
+        mesh = mesh_of(state.frozen)
+        check_batch(batch, self.accumulate, vocabulary, batch_devices(mesh))
+        if mesh is not None:
+            batch = jax.device_put(dict(batch), rows_sharding(mesh))
+        step, trainable, opt_state, metrics = self.program(state)(**self._arguments(state, batch))
         return state.replace(step=step, trainable=trainable, opt_state=opt_state), metrics
 
 
@@ -105,14 +131,20 @@ def train_step(
     tx: optax.GradientTransformation,
 ) -> tuple[jax.Array, Any, Any, Metrics]:
     """The step as a pure function; see `make_train_step`."""
-    params = leaves(trainable)
+    params, mesh = leaves(trainable), mesh_of(trainable)
     key = jax.random.fold_in(key, step)
 
     def summed(params: dict[str, jax.Array], rows: Batch, key: jax.Array) -> Any:
+        params = (
+            params if mesh is None else jax.lax.with_sharding_constraint(params, shardings(trainable, at_work=True))
+        )
         total, weight, extra = loss(combine(with_leaves(trainable, params), frozen), rows, key=key)
         return total, {"weight": weight, "extra": extra}
 
-    (total, sums), grads = over_micro_batches(jax.value_and_grad(summed, has_aux=True), params, batch, key, accumulate)
+    value_and_grad = jax.value_and_grad(summed, has_aux=True)
+    (total, sums), grads = over_micro_batches(value_and_grad, params, batch, key, accumulate, mesh)
+    if mesh is not None:  # each device sums up its own part of a gradient
+        grads = jax.lax.with_sharding_constraint(grads, shardings(trainable))
     weight = sums["weight"]
     some = jnp.maximum(weight, TINY)
     mean, grads = total / some, jax.tree.map(lambda g: g / some.astype(g.dtype), grads)
@@ -127,12 +159,16 @@ def train_step(
 
 
 def over_micro_batches(
-    value_and_grad: Callable[..., Any], params: Any, batch: Batch, key: jax.Array, accumulate: int
+    value_and_grad: Callable[..., Any], params: Any, batch: Batch, key: jax.Array, accumulate: int, mesh: Mesh | None
 ) -> Any:
     """Add values and gradients over micro-batches of equal numbers of rows, each with a key of its own."""
     if accumulate == 1:
         return value_and_grad(params, batch, key)
-    micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+
+    def split(x: jax.Array) -> jax.Array:  # each micro-batch over all devices, not each on some of them
+        return constrain(x.reshape(accumulate, -1, *x.shape[1:]), mesh, None, "batch", *[None] * (x.ndim - 1))
+
+    micro = jax.tree.map(split, batch)
 
     def add(sums: Any, xs: Any) -> tuple[Any, None]:
         rows, index = xs

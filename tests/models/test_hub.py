@@ -274,7 +274,9 @@ def test_an_abstract_model_is_neither_trained_nor_written(folder, tmp_path):
     import optax
 
     model, _ = jaxft.load(folder, abstract=True)
+    state = jaxft.TrainState.create(model, jaxft.LoRA(r=2), optax.adam(1.0))
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
     with pytest.raises(jaxft.MethodError, match="shapes for arrays"):
-        jaxft.TrainState.create(model, jaxft.LoRA(r=2), optax.sgd(1.0))
+        jaxft.make_train_step(jaxft.losses.next_token_loss)(state, jaxft.testing.token_batch())
     with pytest.raises(jaxft.MethodError, match="has shapes for arrays"):
         jaxft.save_model(model, tmp_path / "x")

@@ -140,7 +140,7 @@ def test_compiled_once_for_what_is_only_a_value():
         state = jaxft.set_adapter(state, {"default": 1, "other": i / 2})
     base = jaxft.attach(tiny_llama(seed=3), jaxft.LoRA(r=2), name="other", seed=5)
     state, _ = step(state_of(tx=tx, model=base, seed=7), token_batch(seed=2))
-    assert step.jitted._cache_size() == 1
+    assert step.program(state)._cache_size() == 1
     assert int(state.step) == 1
 
 

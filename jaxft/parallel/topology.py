@@ -1,0 +1,60 @@
+"""TPU slices by name, without a TPU: devices to compile for, and how much memory each has."""
+
+import os
+from typing import Any
+
+import jax
+
+from ..errors import MeshError, RunError
+
+GIB = 2**30
+CAPACITY = {  # GiB that a program may use of a device, as the compiler's own check says it
+    "TPU v4": 15.25,  # a core: two to a chip
+    "TPU v5 lite": 15.75,
+    "TPU v5": 95.73,
+    "TPU v6 lite": 31.24,
+}
+QUIET = {  # else libtpu asks the network, and complains of what it does not find
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+def topology_devices(name: str) -> list[Any]:
+    """Return the devices of a TPU slice, which programs can be compiled for, and not run on.
+
+    Args:
+        name: Kind and grid of chips: `"v5e:4x4"`, `"v6e:2x4"`, `"v5p:2x2x1"`, `"v4:2x2x1"` (whose devices are cores).
+
+    Raises:
+        MeshError: There is no such slice.
+        RunError: The TPU compiler is not installed.
+    """
+    from jax.experimental import topologies
+
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    one = {"chips_per_host_bounds": (1, 1, 1)} if set(name.rpartition(":")[2]) <= set("1x") else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **one).devices)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError, RuntimeError) as error:
+        if "libtpu" in str(error) or "plugin" in str(error).lower():
+            raise RunError("the TPU compiler is not installed: pip install 'jaxft[plan]'") from None
+        reason = str(error).strip().splitlines()[0]
+        raise MeshError(
+            f"topology {name!r}: no such TPU slice ({reason}). Give kind and grid of chips, v5e:4x4 say; kinds are v4 "
+            "and v5p (grids as 2x2x1) and v5e and v6e (grids as 2x4)"
+        ) from None
+
+
+def capacity(device: Any) -> int:
+    """Return the bytes that programs may use of a device; of a CPU, its share of the host's memory."""
+    if device.device_kind in CAPACITY:
+        return int(CAPACITY[device.device_kind] * GIB)
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.device_count()
+    return int(device.memory_stats()["bytes_limit"])

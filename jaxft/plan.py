@@ -1,0 +1,192 @@
+"""What a run will need of each device, before anything is bought: the real step, compiled with shapes for arrays."""
+
+import dataclasses
+import math
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from .config import Config
+from .data.batches import width_of
+from .errors import RunError
+from .flops import count_flops
+from .loading import load
+from .losses.language import next_token_loss
+from .methods.report import parameter_report
+from .models.hub import abstract_model, load_model, read_shape, resolve
+from .parallel import make_mesh
+from .parallel.rules import rows_sharding
+from .parallel.topology import GIB, capacity, topology_devices
+from .run import RunFolder
+from .tasks import sft
+from .train.state import TrainState
+from .train.step import make_train_step
+
+STEPS = 1000  # of the schedule, where the config does not say how many: it changes no shape
+COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+EXCEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The needs of one step; bytes are those of one device.
+
+    Attributes:
+        device: Kind of device.
+        mesh: Devices along each axis.
+        remat: What the backward pass recomputes.
+        rows: Rows of a step, over all devices.
+        width: Tokens of the widest row.
+        trainable_parameters: Trained numbers.
+        total_parameters: All numbers of the model.
+        parameters_bytes: Trained and frozen leaves.
+        optimizer_bytes: The optimiser's state.
+        temporary_bytes: Activations, gradients, gathered layers: the most that is alive at once beside the rest.
+        total_bytes: Arguments + temporaries + outputs - what outputs share with arguments.
+        capacity_bytes: What programs may use.
+        fits: Whether the total is within the capacity.
+        flops_per_step: Of the matrix products of all devices together, recomputed ones included.
+        compile_seconds: Time that the compiler took here.
+        collectives: How many of each the program has; those of a scanned layer count once.
+    """
+
+    device: str
+    mesh: dict[str, int]
+    remat: str
+    rows: int
+    width: int
+    trainable_parameters: int
+    total_parameters: int
+    parameters_bytes: int
+    optimizer_bytes: int
+    temporary_bytes: int
+    total_bytes: int
+    capacity_bytes: int
+    fits: bool
+    flops_per_step: int
+    compile_seconds: float
+    collectives: dict[str, int]
+
+    def __str__(self) -> str:
+        axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        spare = (self.capacity_bytes - self.total_bytes) / GIB
+        verdict = f"fits, {spare:.2f} to spare" if self.fits else f"does not fit: {-spare:.2f} too much"
+        percent = 100 * self.trainable_parameters / self.total_parameters
+        found = ", ".join(f"{n} {name}" for name, n in self.collectives.items())
+        lines = {
+            "parameters": self.parameters_bytes,
+            "optimizer": self.optimizer_bytes,
+            "activations": self.temporary_bytes,
+            "total": self.total_bytes,
+            "capacity": self.capacity_bytes,
+        }
+        return "\n".join(
+            [
+                f"{math.prod(self.mesh.values())} x {self.device} ({axes}), {self.rows} rows x {self.width:,} tokens, "
+                f"remat {self.remat}",
+                f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters trained ({percent:.2f} %)",
+                "",
+                *(f"{name:14}{size / GIB:9.2f} GiB a device" for name, size in lines.items()),
+                verdict,
+                "",
+                f"{self.flops_per_step:.3e} FLOPs a step, of all devices",
+                f"collectives: {found or 'none'} (a layer's count once)",
+                f"compiled in {self.compile_seconds:.0f} s",
+            ]
+        )
+
+
+def make_plan(config: Config, topology: str | None = None) -> Plan:
+    """Compile the train step of a config for some devices, and read off what it needs.
+
+    No data and no weights are read, and nothing is written. The rows are as wide as `data.max_length` allows.
+
+    Args:
+        config: A run's config; `model.config` may stand for weights that are not there.
+        topology: A TPU slice, `"v5e:4x4"` say, of which there need be none; None: the devices at hand.
+
+    Raises:
+        JaxftError: The config does not fit the devices, or there is no such slice.
+    """
+    devices = jax.devices() if topology is None else topology_devices(topology)
+    mesh = sft.choose_mesh(config, devices) or (make_mesh(devices=devices[:1]) if topology else None)
+    state = abstract_state(config, mesh, devices[0].platform)
+    batch = abstract_batch(config, mesh)
+    step = make_train_step(next_token_loss, accumulate=config.train.accumulate)
+    traced = step.trace(state, batch)
+    began = time.perf_counter()
+    arguments = _device_bytes((state.trainable, state.frozen, state.opt_state, state.step, state.key, batch))
+    collectives: Counter[str] = Counter()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        exceeded = EXCEEDED.search(str(error))
+        if exceeded is None:
+            raise
+        temporaries = int(float(exceeded[1]) * 1024 ** "BKMGT".index(exceeded[2]))
+        total = arguments + temporaries
+    else:
+        memory = compiled.memory_analysis()
+        temporaries = memory.temp_size_in_bytes
+        total = memory.argument_size_in_bytes + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        collectives.update(COLLECTIVE.findall(compiled.as_text()))
+    room = capacity(devices[0])
+    report = parameter_report(state)
+    return Plan(
+        device=devices[0].device_kind,
+        mesh={"data": 1, "fsdp": 1, "tensor": 1} if mesh is None else dict(mesh.shape),
+        remat=state.frozen.config.remat,
+        rows=config.train.batch_size,
+        width=batch["input_ids"].shape[1],
+        trainable_parameters=report.trainable,
+        total_parameters=report.total,
+        parameters_bytes=_device_bytes((state.trainable, state.frozen)),
+        optimizer_bytes=_device_bytes(state.opt_state),
+        temporary_bytes=temporaries,
+        total_bytes=total,
+        capacity_bytes=room,
+        fits=total <= room,
+        flops_per_step=count_flops(traced.jaxpr),
+        compile_seconds=time.perf_counter() - began,
+        collectives=dict(sorted(collectives.items())),
+    )
+
+
+def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainState:
+    """Return the first state of a config's run, as shapes."""
+    m = config.model
+    options: dict[str, Any] = {"dtype": m.dtype, "remat": sft.choose_remat(config, platform), "mesh": mesh}
+    if m.config is not None:
+        model: Any = abstract_model(read_shape(Path(m.config), **options))
+    elif RunFolder(m.source).started:
+        model = load(m.source, **options, abstract=True)[0]
+    else:
+        model = load_model(resolve(m.source), **options, abstract=True)
+    method = config.make_method()
+    if method is None:
+        raise RunError("method is left out: jaxft plan needs one, since it reads no run's adapter")
+    return TrainState.create(model, method, sft.optimizer_of(config, config.train.steps or STEPS))
+
+
+def abstract_batch(config: Config, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the widest batch of a config, as shapes."""
+    shape = (config.train.batch_size, width_of(config.data.max_length))
+    sharding = None if mesh is None else rows_sharding(mesh)
+    names = ("input_ids", "labels", "attention_mask")
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
+
+
+def _device_bytes(tree: Any) -> int:
+    """Return the bytes of one device's parts of some arrays."""
+
+    def held(x: Any) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(held, jax.tree.leaves(tree)))
