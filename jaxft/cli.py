@@ -52,7 +52,7 @@ def train(
     from .tasks.train import Job, sample_pairs
 
     job = Job(read, resume=resume)
-    print(f"{job.steps:,} steps of {read.train.batch_size} rows on {_device()}, remat {job.remat}")
+    print(f"{job.steps:,} steps of {read.train.batch_size} rows on {_devices(job.mesh)}, remat {job.remat}")
     try:
         summary = job.train()
     except KeyboardInterrupt:
@@ -147,11 +147,15 @@ def _config(file: str, sets: list[str] | None, output: str | None = None) -> Any
     return load_config(file, [*(sets or ()), *([f"output={json.dumps(output)}"] if output else [])])
 
 
-def _device() -> str:
+def _devices(mesh: Any) -> str:
+    """Say what a run uses of what there is."""
     import jax
 
     devices = jax.devices()
-    return f"{len(devices)} {devices[0].device_kind}"
+    if mesh is not None:
+        return f"{mesh.size} x {devices[0].device_kind} ({', '.join(f'{a}={n}' for a, n in mesh.shape.items())})"
+    more = f" of {len(devices)} (`mesh: {{data: -1}}` uses them all)" if len(devices) > 1 else ""
+    return f"1 {devices[0].device_kind}{more}"
 
 
 def _show(summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:

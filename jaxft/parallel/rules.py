@@ -65,6 +65,8 @@ def spec(
             if axis in RULES and shape[i] % math.prod(mesh.shape[place] for place in over) == 0:
                 places[i] = over
                 break
+    while places and places[-1] is None:  # one way to write it, so that equal shardings compare as equal
+        places.pop()
     return PartitionSpec(*places)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,13 +13,13 @@ from ..config import Config, Source
 from ..data import Dataset, Template, load_dataset
 from ..data.batches import width_of
 from ..data.tokens import Example
-from ..errors import BatchError, DataError, MeshError, RunError, refuse
+from ..errors import BatchError, ConfigError, DataError, MeshError, RunError, refuse
 from ..loading import free_name, load, load_run, load_tokenizer
 from ..losses.language import next_token_loss
 from ..methods import Full, Method
 from ..methods.merge import merge
 from ..methods.method import adapters, parts_of
-from ..models.hub import fresh_model, read_config, resolve
+from ..models.hub import fresh_model, read_config, read_shape, resolve
 from ..parallel import make_mesh
 from ..parallel.rules import batch_devices
 from ..run import RunFolder
@@ -101,15 +102,15 @@ def load_data(config: Config, *, train: bool = True) -> Data:
     return Data(tokenizer, training, held_out)
 
 
-def load_state(config: Config, steps: int) -> TrainState:
-    """Load the model, attach the method and start the optimiser.
+def load_state(config: Config, steps: int, mesh: Mesh | None) -> TrainState:
+    """Load the model, onto a mesh where there is one, attach the method and start the optimiser.
 
     Over a run's adapter, a config without a method goes on training that adapter; one with a method leaves it frozen
     beneath. Full fine-tuning merges it first.
     """
     run, _ = base_of(config)
     method = config.make_method()
-    model = load_base(config, run, choose_remat(config), choose_mesh(config))
+    model = load_base(config, run, choose_remat(config), mesh)
     name = free_name(model)
     if method is None:
         if run is None or run.model.is_dir():
@@ -138,7 +139,24 @@ def load_base(config: Config, run: RunFolder | None, remat: str, mesh: Mesh | No
     if config.model.init == "random":
         options["dtype"] = config.model.dtype or "float32"
         return fresh_model(read_config(resolve(path), **options, source=path), config.train.seed)
-    return load(path, **options)[0]
+    model = load(path, **options)[0]
+    if config.model.config is not None:
+        _check_shape(model.config, read_shape(Path(config.model.config), **{**options, "dtype": model.dtype}))
+    return model
+
+
+def _check_shape(loaded: Any, planned: Any) -> None:
+    """Refuse weights of another shape than `model.config` says."""
+    keys = [f.name for f in dataclasses.fields(planned) if f.compare]
+    refuse(
+        ConfigError,
+        "model.config is not the shape of the weights at model.path",
+        [
+            f"{key}: {getattr(planned, key)!r} there, {getattr(loaded, key, None)!r} in the weights"
+            for key in keys
+            if getattr(planned, key) != getattr(loaded, key, None)
+        ],
+    )
 
 
 def choose_remat(config: Config, platform: str | None = None) -> str:

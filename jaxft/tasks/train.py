@@ -43,6 +43,7 @@ class Job:
 
     def __init__(self, config: Config, *, resume: bool = False, say: Say = print):
         self.config, self.say, self.run, self.resume = config, say, RunFolder(config.output), resume
+        self.mesh = sft.choose_mesh(config)
         self.data = sft.load_data(config)
         sft.check_evaluation(config, self.data)
         check_trackers(config.trackers)
@@ -51,7 +52,7 @@ class Job:
         self.batches = TrainBatches(self.data.train, batch_size=rows, seed=seed, steps=self.steps)
         self.schedule = sft.schedule_of(config, self.steps)
         self.remat = sft.choose_remat(config)
-        self.state = sft.load_state(config, self.steps)
+        self.state = sft.load_state(config, self.steps, self.mesh)
         sft.check_fit(config, self.data, self.state.frozen)
         self.eval_batch_size = config.evaluation.batch_size or config.train.batch_size
         for line in self.data.notes():

@@ -34,7 +34,7 @@ def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float
     data = sft.load_data(config, train=False)
     sft.check_evaluation(config, data)
     base, _ = sft.base_of(config)
-    model = sft.load_base(config, base, "none")
+    model = sft.load_base(config, base, "none", sft.choose_mesh(config))
     sft.check_fit(config, data, model)
     batch_size = config.evaluation.batch_size or config.train.batch_size
     return prefixed(sft.evaluate(model, config, data, batch_size)[0])
