@@ -1,6 +1,7 @@
 """A Hugging Face folder or hub id in, a model out: a walk over the mirrored names, tensor by tensor into place."""
 
 import dataclasses
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from .names import LEAF_NAMES, Named, parameters
 from .placement import place
 from .tensors import Tensors, read_json
 
+ALIGNMENT = 64
 NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -212,7 +214,7 @@ def _part(
 ) -> np.ndarray[Any, Any]:
     """Read a part of a leaf, given by a slice of each of its axes; of a stack, each layer has a source of its own."""
     shape = [len(range(*s.indices(n))) for s, n in zip(index, there.shape, strict=True)]
-    buffer = np.empty(shape, there.dtype)
+    buffer = _aligned(shape, there.dtype)
     inner = index[-len(tensors.shapes[sources[0]]) :]
     chosen = sources[index[0]] if len(inner) < len(index) else sources
     for slot, source in zip(buffer.reshape(len(chosen), *shape[-len(inner) :]), chosen, strict=True):
@@ -220,6 +222,14 @@ def _part(
         with np.errstate(over="ignore"):  # what a narrower dtype cannot hold is found, and named, afterwards
             slot[...] = tensor.T if transposed else tensor
     return buffer
+
+
+def _aligned(shape: list[int], dtype: Any) -> np.ndarray[Any, Any]:
+    """Return an empty array that begins where JAX on a CPU takes it over as it is, and so is never there twice."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    return raw[first : first + size].view(dtype).reshape(shape)
 
 
 @jax.jit
