@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 from ..errors import CheckpointError
 from .attention import attend
 from .cache import Cache
-from .config import activation, layer_windows, refuse_unsupported
+from .config import ModelConfig, activation, layer_windows, refuse_unsupported
 from .layers import RMSNorm
 from .llama import LlamaAttention, LlamaConfig, LlamaForCausalLM, LlamaMLP, LlamaModel
 from .qwen import norm_heads
@@ -172,7 +172,7 @@ class Gemma3Attention(Gemma2Attention):
 class Gemma2Layer(nnx.Module):
     """Attention and MLP, each normed before and after, and added to the residual stream."""
 
-    attention: type[LlamaAttention] = Gemma2Attention
+    attention: ClassVar[type[Gemma2Attention]] = Gemma2Attention
 
     def __init__(self, config: Gemma2Config, *, rngs: nnx.Rngs):
         self.self_attn = self.attention(config, rngs=rngs)
@@ -226,7 +226,7 @@ class Gemma2ForCausalLM(LlamaForCausalLM):
 
     config: Gemma2Config
     model_type = "gemma2"
-    config_class = Gemma2Config
+    config_class: ClassVar[type[ModelConfig]] = Gemma2Config
     layer = Gemma2Layer
     backbone_class = Gemma2Model
     biases = ("attention_bias",)

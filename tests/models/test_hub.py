@@ -9,9 +9,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxft
-from jaxft.testing import tiny_gpt2, tiny_llama, token_batch
+from jaxft.testing import tiny_gpt2, tiny_llama, tiny_model, token_batch
 
-MODELS = {"llama": tiny_llama, "llama-tied": lambda: tiny_llama(tie_word_embeddings=True), "gpt2": tiny_gpt2}
+MODELS = {
+    "llama": tiny_llama,
+    "llama-tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "gpt2": tiny_gpt2,
+    "mistral": lambda: tiny_model("mistral"),
+    "qwen2": lambda: tiny_model("qwen2"),
+    "qwen3": lambda: tiny_model("qwen3", attention_bias=True),
+    "gemma2": lambda: tiny_model("gemma2"),
+    "gemma3": lambda: tiny_model("gemma3_text", tie_word_embeddings=False),
+}
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 IDS = token_batch()["input_ids"]
 
