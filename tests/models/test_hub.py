@@ -162,7 +162,7 @@ def test_truncated(folder, size):
 def test_config_that_cannot_be(folder):
     good = json.loads((folder / "config.json").read_text())
     cases = [
-        ({"model_type": "t5"}, "model_type 't5' is not supported; there are llama, gpt2"),
+        ({"model_type": "t5"}, "model_type 't5' is not supported; there are llama, mistral, qwen2, "),
         ({"hidden_act": "snake"}, "hidden_act 'snake' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
