@@ -136,6 +136,28 @@ def test_biases_of_each_family():
         assert {path.split(".")[-2] for path in paths if path.endswith(".bias")} == want, model_type
 
 
+def sizes(vocabulary, width, mlp, depth, heads, kv, **more):
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    values = (vocabulary, width, mlp, depth, heads)
+    return {**dict(zip(keys, values, strict=True)), "num_key_value_heads": kv, **more}
+
+
+RELEASED = {
+    "Mistral 7B": ("mistral", sizes(32000, 4096, 14336, 32, 32, 8), 7_241_732_096),
+    "Qwen2.5 0.5B": ("qwen2", sizes(151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True), 494_032_768),
+    "Qwen3 0.6B": ("qwen3", sizes(151936, 1024, 3072, 28, 16, 8, tie_word_embeddings=True), 596_049_920),
+    "Gemma 2 2B": ("gemma2", sizes(256000, 2304, 9216, 26, 8, 4), 2_614_341_888),
+    "Gemma 3 1B": ("gemma3_text", sizes(262144, 1152, 6912, 26, 4, 1), 999_885_952),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_number_of_parameters_of_released_models(name):
+    model_type, raw, number = RELEASED[name]
+    model = abstract_model(FAMILIES[model_type].config_class.from_raw(raw))
+    assert sum(v.get_value().size for v in variables(model).values()) == number
+
+
 def test_a_row_with_an_adapters_own_head_norms():
     """A copy of a norm over heads, mixed row by row, is the copy in one row and the base in another."""
     base = tiny_model("qwen3")

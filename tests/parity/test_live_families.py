@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_families import compare
+from test_golden_families import compare
 
 import jaxft
 from jaxft.models.seams import Context

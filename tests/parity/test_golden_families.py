@@ -13,7 +13,7 @@ from jaxft.models import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(f.parent.name for f in (GOLDEN / "families").glob("*/expected.safetensors"))
-TOLERANCE = 1e-4
+TOLERANCE = 2e-5
 
 
 def padded():
