@@ -43,6 +43,9 @@ MODELS = [
     "causal",
     "gpt2",
     "llama",
+    "mistral",
+    "qwen",
+    "gemma",
     "__init__",
     "names",
 ]

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..errors import MethodError
+from ..errors import MethodError, refuse
 from ..methods.method import adapters
 from ..models.causal import CausalLM
+from ..models.hub import abstract_model
 from ..models.names import LEAF_NAMES, Named, parameters
 from ..models.tensors import replacing, write_tensors
 
@@ -49,6 +50,7 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
         for named, leaf, variable in parameters(model)
         for i, name in enumerate(named.names)
     }
+    _refuse_unreadable(model, set(places))
     itemsize = np.dtype(model.dtype).itemsize
     sizes = {name: int(np.prod(_shape(*place))) * itemsize for name, place in places.items()}
     shards = _shards(sizes, shard_bytes)
@@ -72,6 +74,17 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
         if OURS.fullmatch(old.name) and old.name not in kept:
             old.unlink()  # of an earlier model in this folder, which a loader would take for this one's
     return Path(folder)
+
+
+def _refuse_unreadable(model: CausalLM, names: set[str]) -> None:
+    """Refuse leaves that a reader of the folder, ours or transformers, would not look for."""
+    like = abstract_model(model.config_class.from_raw(_config(model)))
+    readable = {f"{name}.{LEAF_NAMES[leaf]}" for named, leaf, _ in parameters(like) for name in named.names}
+    refuse(
+        MethodError,
+        f"a folder of model_type {model.model_type!r} cannot hold what was merged into this model",
+        [f"{name} is no tensor of a {model.model_type}: keep the adapter" for name in sorted(names - readable)],
+    )
 
 
 def _shape(named: Named, leaf: str, variable: Any, index: int) -> tuple[int, ...]:

@@ -1,9 +1,33 @@
 """Families of models, each a file that mirrors its checkpoint; `FAMILIES` maps a config's `model_type` to it."""
 
 from .causal import CausalLM
+from .gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
 from .gpt2 import GPT2LMHeadModel
 from .llama import LlamaForCausalLM
+from .mistral import MistralForCausalLM
+from .qwen import Qwen2ForCausalLM, Qwen3ForCausalLM
 
-FAMILIES: dict[str, type[CausalLM]] = {family.model_type: family for family in (LlamaForCausalLM, GPT2LMHeadModel)}
+FAMILIES: dict[str, type[CausalLM]] = {
+    family.model_type: family
+    for family in (
+        LlamaForCausalLM,
+        MistralForCausalLM,
+        Qwen2ForCausalLM,
+        Qwen3ForCausalLM,
+        Gemma2ForCausalLM,
+        Gemma3ForCausalLM,
+        GPT2LMHeadModel,
+    )
+}
 
-__all__ = ["FAMILIES", "CausalLM", "GPT2LMHeadModel", "LlamaForCausalLM"]
+__all__ = [
+    "FAMILIES",
+    "CausalLM",
+    "GPT2LMHeadModel",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+]

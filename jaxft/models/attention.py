@@ -17,17 +17,21 @@ def attend(
     v: jax.Array,
     mask: jax.Array,
     *,
+    scale: float | None = None,
+    softcap: float | None = None,
     rate: float = 0.0,
     key: jax.Array | None = None,
     platform: str | None = None,
 ) -> jax.Array:
-    """Return `softmax(q k^T / sqrt(E)) v` over the keys that the mask allows.
+    """Return `softmax(scale q k^T) v` over the keys that the mask allows.
 
     Args:
         q: `[B, H, T, E]`.
         k: `[B, K, S, E]`; query head h reads key head h // (H / K).
         v: `[B, K, S, E]`.
         mask: `[B or 1, 1, T, S]` bool.
+        scale: Factor of the scores; by default `1 / sqrt(E)`.
+        softcap: Bends the scaled scores to `softcap * tanh(scores / softcap)` (Gemma 2).
         rate: Dropout on the probabilities, where a key is given.
         key: Dropout key.
         platform: Kind of device that is compiled for; None: the default one.
@@ -36,14 +40,22 @@ def attend(
         `[B, H, T, E]`, in the dtype of `q`.
     """
     drops = key is not None and rate > 0
-    if (platform or jax.default_backend()) == "cpu" or drops:
-        return heads_first(q, k, v, mask, rate=rate, key=key)
+    if (platform or jax.default_backend()) == "cpu" or drops or softcap is not None:
+        return heads_first(q, k, v, mask, scale=scale, softcap=softcap, rate=rate, key=key)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, mask=mask).swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale).swapaxes(1, 2)
 
 
 def heads_first(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Attention as plain matrix products per head, the layout that XLA on a CPU multiplies fastest.
 
@@ -53,7 +65,9 @@ def heads_first(
     b, h, t, e = q.shape
     groups = h // k.shape[1]
     q = q.reshape(b, k.shape[1], groups * t, e)
-    scores = (q @ k.swapaxes(2, 3)).astype(jnp.float32) * e**-0.5
+    scores = (q @ k.swapaxes(2, 3)).astype(jnp.float32) * (e**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = scores.reshape(b, k.shape[1], groups, t, -1)
     scores = jnp.where(mask[:, :, None], scores, MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
@@ -78,6 +92,26 @@ def causal_mask(
     if segment_ids is not None:
         mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids != 0)[:, None, :]
     return mask[:, None]
+
+
+def slide(mask: jax.Array, windows: tuple[int, ...], layer: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+    """Narrow a mask to a layer's window: a query sees itself and the `window - 1` places before it, as in transformers.
+
+    Args:
+        mask: `[B or 1, 1, T, S]` bool.
+        windows: The window of every layer. Looked up by the layer's index, it costs one program whatever the depth.
+        layer: Index of the layer.
+        start: Place of the first query among the keys.
+
+    Returns:
+        `[B or 1, 1, T, S]` bool.
+
+    >>> slide(causal_mask(4), (9, 2), jnp.int32(1))[0, 0].astype(int).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    """
+    queries, keys = (jnp.arange(length) for length in mask.shape[-2:])
+    distance = (start + queries)[:, None] - keys[None, :]
+    return mask & (distance < jnp.asarray(windows, jnp.int32)[layer])[None, None]
 
 
 def default_positions(

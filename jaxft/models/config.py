@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from ..errors import CheckpointError, refuse
 from .layers import ACTIVATIONS
 
 REMATS = ("none", "full")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+EVERYTHING = 2**30  # the window of a layer that sees all: longer than any row
 FLOAT32 = jnp.dtype(jnp.float32)
 
 
@@ -114,3 +116,28 @@ def refuse_unsupported(raw: Mapping[str, Any], expected: Mapping[str, Any]) -> N
                 f"config.json: {key}={raw[key]!r} is not supported for model_type {raw.get('model_type')!r}, "
                 f"only {value!r} is"
             )
+
+
+def layer_windows(raw: Mapping[str, Any], types: Sequence[str]) -> tuple[int, ...]:
+    """Return the window of each layer, or () where none slides.
+
+    Args:
+        raw: A `config.json` with `num_hidden_layers` and, where a layer slides, `sliding_window`.
+        types: `"full_attention"` or `"sliding_attention"` for each layer.
+
+    >>> layer_windows({"num_hidden_layers": 2, "sliding_window": 8}, ["sliding_attention", "full_attention"])
+    (8, 1073741824)
+    """
+    depth, window = raw["num_hidden_layers"], raw.get("sliding_window")
+    unknown = sorted({str(kind) for kind in types} - set(LAYER_TYPES))
+    if unknown:
+        raise CheckpointError(
+            f"config.json: layer_types {', '.join(unknown)} are not supported; there are {', '.join(LAYER_TYPES)}"
+        )
+    if len(types) != depth:
+        raise CheckpointError(f"config.json: layer_types has {len(types)} entries for {depth} layers")
+    if "sliding_attention" not in types:
+        return ()
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise CheckpointError(f"config.json: sliding_window is {window!r}, but there are layers that slide")
+    return tuple(window if kind == "sliding_attention" else EVERYTHING for kind in types)

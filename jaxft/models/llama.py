@@ -1,13 +1,13 @@
 """Llama 2 and 3 (Touvron et al. 2023, Grattafiori et al. 2024): named as the modules of transformers."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
-from .attention import attend
+from .attention import attend, slide
 from .cache import Cache
 from .causal import CausalLM
 from .config import ModelConfig, activation
@@ -21,7 +21,10 @@ PROBABILITIES = number("attention_dropout")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
-    """The fields of a Llama.
+    """The fields of a Llama, and of the families that are one with a difference.
+
+    Attributes:
+        windows: How many places each layer's queries see, themselves included; () where all see everything.
 
     >>> raw = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
     ...        "num_attention_heads": 2}
@@ -36,6 +39,7 @@ class LlamaConfig(ModelConfig):
     attention_bias: bool
     mlp_bias: bool
     attention_dropout: float
+    windows: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,20 +74,27 @@ class LlamaAttention(nnx.Module):
     def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """Map `[B, T, D]` to `[B, T, D]`, reading and writing the cache where there is one."""
         b, t, _ = x.shape
-        assert ctx.mask is not None
+        c, mask = self.config, ctx.mask
+        assert mask is not None
         assert ctx.rope is not None
         assert ctx.layer is not None
-
-        def heads(y: jax.Array) -> jax.Array:
-            return y.reshape(b, t, -1, self.config.head_dim).swapaxes(1, 2)
-
-        q, k = (rotate(heads(project(x, ctx)), ctx.rope) for project in (self.q_proj, self.k_proj))
-        v = heads(self.v_proj(x, ctx))
+        q, k, v = (y.reshape(b, t, -1, c.head_dim).swapaxes(1, 2) for y in self.project(x, ctx))
+        q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
+        if c.windows:
+            mask = slide(mask, c.windows, ctx.layer, 0 if cache is None else cache.index)
         if cache is not None:
             cache, k, v = cache.write(ctx.layer, k, v)
-        drops: dict[str, Any] = {"rate": self.config.attention_dropout, "key": ctx.key_for(PROBABILITIES)}
-        out = attend(q, k, v, ctx.mask, **drops, platform=ctx.platform)
+        out = self.attend(q, k, v, mask, ctx)
         return self.o_proj(out.swapaxes(1, 2).reshape(b, t, -1), ctx), cache
+
+    def project(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Map `[B, T, D]` to queries, keys and values `[B, T, heads * head_dim]`, not rotated yet."""
+        return self.q_proj(x, ctx), self.k_proj(x, ctx), self.v_proj(x, ctx)
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, ctx: Context) -> jax.Array:
+        """Mix the values, as the family scales the scores."""
+        rate, key = self.config.attention_dropout, ctx.key_for(PROBABILITIES)
+        return attend(q, k, v, mask, rate=rate, key=key, platform=ctx.platform)
 
 
 class LlamaMLP(nnx.Module):
@@ -104,8 +115,10 @@ class LlamaMLP(nnx.Module):
 class LlamaLayer(nnx.Module):
     """Attention and MLP, each normed before and added to the residual stream."""
 
+    attention: ClassVar[type[LlamaAttention]] = LlamaAttention
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.self_attn = LlamaAttention(config, rngs=rngs)
+        self.self_attn = self.attention(config, rngs=rngs)
         self.mlp = LlamaMLP(config, rngs=rngs)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -118,12 +131,12 @@ class LlamaLayer(nnx.Module):
 
 
 class LlamaModel(nnx.Module):
-    """Embedding, layers, final norm."""
+    """Embedding, layers of the given kind, final norm."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, layer: Callable[..., nnx.Module], *, rngs: nnx.Rngs):
         self.config = config
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = stacked(lambda r: LlamaLayer(config, rngs=r), config.num_hidden_layers, rngs)
+        self.layers = stacked(lambda r: layer(config, rngs=r), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def input_embedding(self) -> Embed:
@@ -134,24 +147,38 @@ class LlamaModel(nnx.Module):
         """Map ids `[B, T]` to hidden states `[B, T, D]`."""
         c = self.config
         assert ctx.positions is not None
-        ctx = ctx.replace(rope=c.rope.angles(ctx.positions, c.head_dim))
-        x = self.embed_tokens(ids, ctx).astype(c.dtype)
+        x = self.embed(ids, ctx)
+        ctx = ctx.replace(rope=self.angles(ctx.positions))
         x, cache = run(self.layers, x, ctx, cache, c.remat)
         return self.norm(x, ctx), cache
 
+    def embed(self, ids: jax.Array, ctx: Context) -> jax.Array:
+        """Map ids `[B, T]` to `[B, T, D]`, what the first layer reads."""
+        return self.embed_tokens(ids, ctx).astype(self.config.dtype)
+
+    def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return cosines and sines for positions `[B, T]`, what every layer rotates by."""
+        return self.config.rope.angles(positions, self.config.head_dim)
+
 
 class LlamaForCausalLM(CausalLM):
-    """A Llama with its output head, tied to the embedding or with a kernel of its own."""
+    """A Llama with its output head, tied to the embedding or with a kernel of its own.
+
+    A family that is a Llama with a difference sets `layer`, and in `biases` which biases its config speaks of.
+    """
 
     model_type = "llama"
     prefix = "model"
-    config_class = LlamaConfig
+    config_class: ClassVar[type[ModelConfig]] = LlamaConfig
     default_targets = ("q_proj", "v_proj")
     disposable = r".*rotary_emb\.inv_freq"
+    layer: ClassVar[type[nnx.Module]] = LlamaLayer
+    backbone_class: ClassVar[type[LlamaModel]] = LlamaModel
+    biases: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
-        self.model = LlamaModel(config, rngs=rngs)
+        self.model = self.backbone_class(config, self.layer, rngs=rngs)
         d, v, tied = config.hidden_size, config.vocab_size, config.tie_word_embeddings
         self.lm_head = Linear(d, v, axes=("embed", "vocab"), tied=tied, rngs=rngs)
 
@@ -159,4 +186,4 @@ class LlamaForCausalLM(CausalLM):
         """Return the keys of `config.json` that follow from which leaves there are."""
         layers = self.model.layers
         biases = {"attention_bias": layers.self_attn.q_proj.bias, "mlp_bias": layers.mlp.up_proj.bias}
-        return {**super().config_keys(), **{key: bias is not None for key, bias in biases.items()}}
+        return {**super().config_keys(), **{key: biases[key] is not None for key in self.biases}}

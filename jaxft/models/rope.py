@@ -40,6 +40,11 @@ class Rope:
         Rope(theta=500000.0, kind='linear', factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original=8192)
         """
         given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if any(isinstance(value, Mapping) for value in given.values()):
+            raise CheckpointError(
+                f"config.json: rope_parameters per kind of layer ({', '.join(given)}) are not supported for "
+                f"model_type {raw.get('model_type')!r}"
+            )
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in ("default", "linear", "llama3"):
             raise CheckpointError(

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ..models import FAMILIES, CausalLM
 from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
 from ..models.hub import fresh_model
 from ..models.llama import LlamaConfig, LlamaForCausalLM
@@ -48,6 +49,19 @@ def tiny_gpt2(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, *
     3
     """
     config = GPT2Config.from_raw({**GPT2, **raw}, remat=remat, dtype=jnp.dtype(dtype))
+    return fresh_model(config, seed)
+
+
+def tiny_model(
+    model_type: str, *, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any
+) -> CausalLM:
+    """Return a random model of any family that is a Llama with a difference; sizes and keywords as in `tiny_llama`.
+
+    >>> tiny_model("mistral", sliding_window=4).config.windows
+    (4, 4)
+    """
+    raw = {**LLAMA, "model_type": model_type, "head_dim": 8, **raw}
+    config = FAMILIES[model_type].config_class.from_raw(raw, remat=remat, dtype=jnp.dtype(dtype))
     return fresh_model(config, seed)
 
 

@@ -9,10 +9,15 @@ import pytest
 import jaxft
 from jaxft.generation.generate import decode_loop
 from jaxft.generation.sampling import filter_logits, sample
-from jaxft.testing import ToyTokenizer, tiny_gpt2, tiny_llama, token_batch
+from jaxft.testing import ToyTokenizer, tiny_gpt2, tiny_llama, tiny_model, token_batch
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
-MODELS = {"llama": lambda: tiny_llama(seed=1), "gpt2": lambda: tiny_gpt2(seed=1)}
+MODELS = {
+    "llama": lambda: tiny_llama(seed=1),
+    "gpt2": lambda: tiny_gpt2(seed=1),
+    "mistral": lambda: tiny_model("mistral", seed=1, sliding_window=3),
+    "gemma3": lambda: tiny_model("gemma3_text", seed=1, sliding_window=3, sliding_window_pattern=2),
+}
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 

@@ -9,9 +9,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxft
-from jaxft.testing import tiny_gpt2, tiny_llama, token_batch
+from jaxft.testing import tiny_gpt2, tiny_llama, tiny_model, token_batch
 
-MODELS = {"llama": tiny_llama, "llama-tied": lambda: tiny_llama(tie_word_embeddings=True), "gpt2": tiny_gpt2}
+MODELS = {
+    "llama": tiny_llama,
+    "llama-tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "gpt2": tiny_gpt2,
+    "mistral": lambda: tiny_model("mistral"),
+    "qwen2": lambda: tiny_model("qwen2"),
+    "qwen3": lambda: tiny_model("qwen3", attention_bias=True),
+    "gemma2": lambda: tiny_model("gemma2"),
+    "gemma3": lambda: tiny_model("gemma3_text", tie_word_embeddings=False),
+}
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 IDS = token_batch()["input_ids"]
 
@@ -153,7 +162,7 @@ def test_truncated(folder, size):
 def test_config_that_cannot_be(folder):
     good = json.loads((folder / "config.json").read_text())
     cases = [
-        ({"model_type": "t5"}, "model_type 't5' is not supported; there are llama, gpt2"),
+        ({"model_type": "t5"}, "model_type 't5' is not supported; there are llama, mistral, qwen2, "),
         ({"hidden_act": "snake"}, "hidden_act 'snake' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),

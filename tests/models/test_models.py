@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 
 import jaxft
-from jaxft.testing import tiny_gpt2, tiny_llama, token_batch
+from jaxft.testing import tiny_gpt2, tiny_llama, tiny_model, token_batch
 
+HALF = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}  # the second layer slides
 MODELS = {
     "llama": tiny_llama,
     "llama-one-kv": lambda **kw: tiny_llama(num_key_value_heads=1, head_dim=12, attention_bias=True, **kw),
     "llama-tied": lambda **kw: tiny_llama(tie_word_embeddings=True, **kw),
+    "qwen2": lambda **kw: tiny_model("qwen2", tie_word_embeddings=True, **HALF, **kw),
+    "gemma2": lambda **kw: tiny_model("gemma2", sliding_window=4, head_dim=12, **kw),
+    "gemma3": lambda **kw: tiny_model("gemma3_text", sliding_window=4, sliding_window_pattern=2, **kw),
     "gpt2": tiny_gpt2,
     "gpt2-untied": lambda **kw: tiny_gpt2(tie_word_embeddings=False, **kw),
 }

@@ -6,6 +6,7 @@
 import shutil
 from pathlib import Path
 
+import families
 import numpy as np
 import peers
 from safetensors.numpy import save_file
@@ -65,6 +66,11 @@ def main():
         save_file({k: np.ascontiguousarray(v) for k, v in expected.items()}, folder / "expected.safetensors")
         (folder / "ranks.json").write_text(peers.as_json(ranks) + "\n")
     several(GOLDEN / "several")
+    for name in families.CASES:
+        folder, model = GOLDEN / "families" / name, families.model(name)
+        model.save_pretrained(folder)
+        keep_only(folder, "config.json", "model.safetensors")
+        save_file(families.expected(model), folder / "expected.safetensors")
 
 
 if __name__ == "__main__":
