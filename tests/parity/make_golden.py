@@ -3,6 +3,7 @@
 .venv-parity/bin/python tests/parity/make_golden.py
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def main():
         save_file({k: np.ascontiguousarray(v) for k, v in expected.items()}, folder / "expected.safetensors")
         (folder / "ranks.json").write_text(peers.as_json(ranks) + "\n")
     several(GOLDEN / "several")
+    packs = {limit: {"lengths": n, "packs": peers.packs(n, limit)} for limit, n in peers.LENGTHS.items()}
+    (GOLDEN / "packs.json").write_text(json.dumps(packs) + "\n")
 
 
 if __name__ == "__main__":
