@@ -1,7 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
+# The first Python 3.12 that runs (one of pyenv's shims may not): on the path, or among pyenv's own.
+PYTHON_NEWEST ?= $(shell for p in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python; do \
+	"$$p" -c 'import venv' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: quickstart test lint types parity clean
+.PHONY: quickstart test newest lint types parity clean
 
 quickstart: $(VENV)/installed-plain  ## LoRA on the embedded model: accuracy before and after, and a peft folder
 	rm -rf runs/quickstart
@@ -9,6 +12,12 @@ quickstart: $(VENV)/installed-plain  ## LoRA on the embedded model: accuracy bef
 
 test: $(VENV)/installed  ## the default tests: no torch, no network
 	$(VENV)/bin/python -m pytest -n auto
+
+# What the newest releases can break, without the slow half: whole runs, the README, data, configs
+newest: $(VENV)-newest/installed  ## the quick half of the tests on Python 3.12 and the newest releases
+	$(VENV)-newest/bin/python -c 'import sys, jax, flax, numpy; print("Python", sys.version.split()[0], \
+		"jax", jax.__version__, "flax", flax.__version__, "numpy", numpy.__version__)'
+	$(VENV)-newest/bin/python -m pytest -n auto tests/models tests/methods tests/losses tests/train tests/laws tests/parity
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check .
@@ -41,5 +50,11 @@ $(VENV)-parity/installed: pyproject.toml
 	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity]'
 	touch $@
 
+$(VENV)-newest/installed: pyproject.toml
+	@test -n "$(PYTHON_NEWEST)" || { echo "no Python 3.12 is found: make newest PYTHON_NEWEST=/path/to/python3.12" >&2; exit 1; }
+	"$(PYTHON_NEWEST)" -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-parity .jax_cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-parity $(VENV)-newest .jax_cache .pytest_cache .mypy_cache .ruff_cache

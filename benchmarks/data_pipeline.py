@@ -1,4 +1,4 @@
-"""Rows per second of the pipeline beside the step's need, of a config: data_pipeline.py CONFIG [key=value ...]"""
+"""Tokens per second of the pipeline beside the step's need, of a config: data_pipeline.py CONFIG [key=value ...]"""
 
 import sys
 import time
@@ -9,12 +9,10 @@ import numpy as np
 
 from jaxft import make_train_step
 from jaxft.config import load_config
-from jaxft.data import TrainBatches
 from jaxft.losses import next_token_loss
 from jaxft.tasks import sft
 
-config = load_config(sys.argv[1], sys.argv[2:])
-size = config.train.batch_size
+config = load_config(sys.argv[1], ["train.epochs=null", "train.steps=1000", *sys.argv[2:]])
 
 began = time.perf_counter()
 data = sft.load_data(config)
@@ -22,18 +20,21 @@ rows = sum(map(len, data.train))
 print("\n".join(data.notes()))
 print(f"read and tokenise {rows / (time.perf_counter() - began):,.0f} rows/s")
 
-batches = TrainBatches(data.train, batch_size=size)
+began = time.perf_counter()
+batches = sft.make_batches(config, data)
+if config.data.packing:
+    print(f"{batches}; counted in {time.perf_counter() - began:.2f} s")
 picked = Counter(batches.order[i][0] if len(data.train) > 1 else 0 for i in range(1000))
 print("of the first 1,000 rows:", {data.train[i].name: n for i, n in sorted(picked.items())})
 pipeline, began, tokens, room = batches.iterate(), time.perf_counter(), 0, 0
 for _ in range(200):
     batch = next(pipeline)
     tokens, room = tokens + int(batch["attention_mask"].sum()), room + batch["input_ids"].size
-rate = 200 * size / (time.perf_counter() - began)
-print(f"pipeline {rate:,.0f} rows/s, {tokens / room:.3f} of the batches filled")
+rate = tokens / (time.perf_counter() - began)
+print(f"pipeline {rate:,.0f} tokens/s, {tokens / room:.4f} of the batches filled")
 
 state, step = sft.load_state(config, 100), make_train_step(next_token_loss)
-times, seen = [], set()
+times, tokens, seen = [], [], set()
 for n in range(60):
     batch = batches[n]
     began = time.perf_counter()
@@ -41,6 +42,7 @@ for n in range(60):
     jax.block_until_ready(metrics["loss"])
     if batch["input_ids"].shape in seen:  # not the steps that compile
         times.append(time.perf_counter() - began)
+        tokens.append(int(batch["attention_mask"].sum()))
     seen.add(batch["input_ids"].shape)
-need = size / float(np.mean(times))
-print(f"step {need:,.1f} rows/s; the pipeline is {rate / need:,.0f} times as fast; {len(seen)} widths compiled")
+need = sum(tokens) / float(np.sum(times))
+print(f"step {need:,.0f} tokens/s; the pipeline is {rate / need:,.0f} times as fast; {len(seen)} widths compiled")

@@ -52,7 +52,8 @@ def train(
     from .tasks.train import Job, sample_pairs
 
     job = Job(read, resume=resume)
-    print(f"{job.steps:,} steps of {read.train.batch_size} rows on {_devices(job.mesh)}, remat {job.remat}")
+    rows = "packs" if read.data.packing else "rows"
+    print(f"{job.steps:,} steps of {read.train.batch_size} {rows} on {_devices(job.mesh)}, remat {job.remat}")
     try:
         summary = job.train()
     except KeyboardInterrupt:

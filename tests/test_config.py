@@ -93,7 +93,6 @@ FAULTS = [
     ("adamw", "adamv", "c.yaml:5: optimizer.name: 'adamv' is not one of adamw, adam"),
     ("adamw", "no", "c.yaml:5: optimizer.name: 'no' is not one of"),
     ("max_length: 96", "packing: on", "c.yaml:4: data.packing: true or false is expected, this is 'on'"),
-    ("max_length: 96", "packing: true", "c.yaml:4: data.packing: packed rows are not supported yet"),
     ("max_length: 96", "max_length: 12:30", "c.yaml:4: data.max_length: a whole number is expected"),
     ("format: instruction, ", "", "c.yaml:4: data.train.0.format: it is missing, here and as data.format"),
     (
@@ -142,7 +141,7 @@ FAULTS = [
 
 
 def test_as_many_faults_as_there_should_be():
-    assert len(FAULTS) == len({(old, new) for old, new, _ in FAULTS}) == 68
+    assert len(FAULTS) == len({(old, new) for old, new, _ in FAULTS}) == 67
 
 
 @pytest.mark.parametrize(("old", "new", "message"), FAULTS)
@@ -176,7 +175,7 @@ def test_answers_need_rows(tmp_path, measured):
 
 def test_no_fault_hides_another(tmp_path):
     """What must fit together is checked also where something else is wrong in the same section."""
-    text = GOOD.replace("eval: held.csv, ", "").replace("max_length: 96", "max_length: 1, packing: true")
+    text = GOOD.replace("eval: held.csv, ", "").replace("max_length: 96", "max_length: 1, packing: 2")
     text = text.replace("1e-3", "fast, warmup_steps: 5").replace("steps: 3, ", "steps: 3, epochs: 1, accumulate: 3, ")
     said = refused(tmp_path, text.replace("seed: 0", "seed: x") + "evaluation: {exact_match: true, rows: 0}\n")
     assert [line.split(": ")[1] for line in said.splitlines()[1:]] == [

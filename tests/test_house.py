@@ -66,7 +66,7 @@ INSIDE = {
     ],
     "losses": ["language", "__init__"],
     "generation": ["sampling", "generate", "__init__"],
-    "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "__init__"],
+    "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing", "__init__"],
     "config": ["tree", "schema", "load", "__init__"],
     "tasks": ["__init__", "sft", "train", "use"],
     "interop": ["entries", "peft", "folder", "export", "__init__"],

@@ -85,7 +85,7 @@ class TemplateText(Section):
 
 
 class Data(Section):
-    """Rows for training, and held-out rows."""
+    """Rows for training, and held-out rows; packed, a row of `batch_size` is a pack of `max_length` tokens."""
 
     train: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)]
     eval: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)] | None = None
@@ -103,13 +103,6 @@ class Data(Section):
             if name in names[:i]:
                 raise wrong(f"two sources have the name {name!r}: give one another", f"{i}.name")
         return sources
-
-    @field_validator("packing")
-    @classmethod
-    def _not_packed(cls, packing: bool) -> bool:
-        if packing:
-            raise wrong("packed rows are not supported yet: leave it out")
-        return packing
 
 
 class Optimizer(Section):

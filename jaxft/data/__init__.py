@@ -2,6 +2,7 @@
 
 from .batches import TrainBatches, collate, eval_batches
 from .formats import FORMATS, prompt_and_completion
+from .packing import PackedBatches, pack
 from .rows import read_rows
 from .source import Dataset, load_dataset
 from .templates import Template
@@ -11,11 +12,13 @@ __all__ = [
     "FORMATS",
     "Dataset",
     "Example",
+    "PackedBatches",
     "Template",
     "TrainBatches",
     "collate",
     "eval_batches",
     "load_dataset",
+    "pack",
     "prompt_and_completion",
     "read_rows",
 ]

@@ -48,6 +48,34 @@ def collate(examples: Sequence[Example], *, rows: int | None = None) -> Batch:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
+def endless_order(datasets: Sequence[Dataset], seed: int) -> Any:
+    """Return the rows of a run, `order[i]` a pair (source, row) for any i: shuffled anew each time round.
+
+    Of a mixture each source comes as often as its weight says, within one row at every point.
+
+    >>> from jaxft.data.tokens import example
+    >>> order = endless_order([Dataset([example([1], [True])] * 3)], seed=0)
+    >>> sorted(order[i] for i in range(3)) == sorted(order[i] for i in range(3, 6)) == [(0, 0), (0, 1), (0, 2)]
+    True
+    """
+    import grain
+
+    orders = [
+        grain.MapDataset.source(list(range(len(data)))).seed(seed + i).shuffle().repeat().map(lambda row, i=i: (i, row))
+        for i, data in enumerate(datasets)
+    ]
+    weights = np.array([data.weight for data in datasets], float)
+    return grain.MapDataset.mix(orders, (weights / weights.sum()).tolist()) if len(orders) > 1 else orders[0]
+
+
+def ahead(batches: Any, start: int) -> Any:
+    """Return an iterator over batches from number `start`, made ahead by grain in a thread."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(grain.MapDataset.source(batches)[start:].to_iter_dataset(options))
+
+
 class TrainBatches:
     """The batches of a training run, by number: batch n is the same whenever it is asked for.
 
@@ -76,18 +104,7 @@ class TrainBatches:
         rows = sum(map(len, datasets))
         if rows < batch_size:
             raise DataError(f"{rows} rows are fewer than one batch of {batch_size}: lower train.batch_size")
-        import grain
-
-        orders = [
-            grain.MapDataset.source(list(range(len(data))))
-            .seed(seed + i)
-            .shuffle()
-            .repeat()
-            .map(lambda row, i=i: (i, row))
-            for i, data in enumerate(datasets)
-        ]
-        weights = np.array([data.weight for data in datasets], float)
-        self.order = grain.MapDataset.mix(orders, (weights / weights.sum()).tolist()) if len(orders) > 1 else orders[0]
+        self.order = endless_order(datasets, seed)
         self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
         self.steps = 1 << 40 if steps is None else steps
         self._window: tuple[int, list[list[Example]]] = (-1, [])
@@ -116,10 +133,7 @@ class TrainBatches:
 
     def iterate(self, start: int = 0) -> Any:
         """Return an iterator over batches from number `start`, made ahead by grain in a thread."""
-        import grain
-
-        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        return iter(grain.MapDataset.source(self)[start:].to_iter_dataset(ahead))
+        return ahead(self, start)
 
 
 def eval_batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:

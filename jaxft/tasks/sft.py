@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from ..config import Config, Source
-from ..data import Dataset, Template, load_dataset
+from ..data import Dataset, PackedBatches, Template, TrainBatches, load_dataset
 from ..data.batches import width_of
 from ..data.tokens import Example
 from ..errors import BatchError, ConfigError, DataError, MeshError, RunError, refuse
@@ -199,11 +199,21 @@ def schedule_of(config: Config, steps: int) -> Any:
     return make_schedule(o.schedule, o.learning_rate, steps=steps, warmup_steps=o.warmup_steps)
 
 
-def steps_of(config: Config, data: Data) -> int:
-    """Return the steps of a run: those asked for, or enough to see every row `epochs` times."""
-    if config.train.steps is not None:
-        return config.train.steps
-    return math.ceil((config.train.epochs or 1) * sum(map(len, data.train)) / config.train.batch_size)
+def make_batches(config: Config, data: Data) -> TrainBatches | PackedBatches:
+    """Return the batches of a run, packed or padded: as many as asked for, or enough to see each row `epochs` times.
+
+    Raises:
+        DataError: Fewer rows than one batch.
+    """
+    t = config.train
+    epochs = (t.epochs or 1) if t.steps is None else None
+    if config.data.packing:
+        length = config.data.max_length
+        return PackedBatches(
+            data.train, batch_size=t.batch_size, length=length, seed=t.seed, steps=t.steps, epochs=epochs
+        )
+    steps = t.steps if epochs is None else math.ceil(epochs * sum(map(len, data.train)) / t.batch_size)
+    return TrainBatches(data.train, batch_size=t.batch_size, seed=t.seed, steps=steps)
 
 
 def check_fit(config: Config, data: Data, model: Any) -> None:
@@ -213,11 +223,18 @@ def check_fit(config: Config, data: Data, model: Any) -> None:
         BatchError: The tokenizer is not this model's, or `data.max_length` is too long for it.
     """
     known, positions = model.config.vocab_size, getattr(model.config, "n_positions", None)
-    longest = max((len(row) for part in (*data.train, *data.held_out) for row in part.examples), default=0)
+    packing, length = config.data.packing, config.data.max_length
+    padded = data.held_out if packing else (*data.train, *data.held_out)
+    longest = max((len(row) for part in padded for row in part.examples), default=0)
+    if positions is not None and packing and data.train and length > positions:
+        raise BatchError(
+            f"data.max_length {length}: packs are as wide, but this model has {positions} positions: set it to "
+            f"{positions} at most"
+        )
     if positions is not None and width_of(longest) > positions:
         fits = max((n for n in range(positions + 1) if width_of(n) <= positions), default=positions)
         raise BatchError(
-            f"data.max_length {config.data.max_length}: the longest row has {longest} tokens and is padded to "
+            f"data.max_length {length}: the longest row has {longest} tokens and is padded to "
             f"{width_of(longest)}, but this model has {positions} positions: set it to {fits}"
         )
     e = config.evaluation

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from ..config import Config
-from ..data import TrainBatches
 from ..interop.export import save_model
 from ..interop.folder import save_adapter
 from ..losses.language import next_token_loss
@@ -47,9 +46,8 @@ class Job:
         self.data = sft.load_data(config)
         sft.check_evaluation(config, self.data)
         check_trackers(config.trackers)
-        self.steps = sft.steps_of(config, self.data)
-        rows, seed = config.train.batch_size, config.train.seed
-        self.batches = TrainBatches(self.data.train, batch_size=rows, seed=seed, steps=self.steps)
+        self.batches = sft.make_batches(config, self.data)
+        self.steps = len(self.batches)
         self.schedule = sft.schedule_of(config, self.steps)
         self.remat = sft.choose_remat(config)
         self.state = sft.load_state(config, self.steps, self.mesh)
@@ -57,6 +55,8 @@ class Job:
         self.eval_batch_size = config.evaluation.batch_size or config.train.batch_size
         for line in self.data.notes():
             say(line)
+        if config.data.packing:
+            say(str(self.batches))
         self.parameters = parameter_report(self.state)
         say(str(self.parameters).splitlines()[0])
 

@@ -3,6 +3,7 @@
 .venv-parity/bin/python tests/parity/make_golden.py
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def main():
         model.save_pretrained(folder)
         keep_only(folder, "config.json", "model.safetensors")
         save_file(families.expected(model), folder / "expected.safetensors")
+    packs = {limit: {"lengths": n, "packs": peers.packs(n, limit)} for limit, n in peers.LENGTHS.items()}
+    (GOLDEN / "packs.json").write_text(json.dumps(packs) + "\n")
 
 
 if __name__ == "__main__":

@@ -144,5 +144,21 @@ def bias_step(model, rate=0.1):
         return {n: (p - rate * p.grad).numpy() for n, p in model.named_parameters() if n in names}
 
 
+LENGTHS = {
+    limit: np.random.default_rng(limit).lognormal(np.log(limit / 5), 0.8, 120).astype(int).clip(1, limit).tolist()
+    for limit in (16, 60, 257)
+}
+
+
+def packs(lengths, limit):
+    """The packs that trl makes: rows whose tokens are their numbers."""
+    import datasets
+    import trl
+
+    rows = datasets.Dataset.from_dict({"input_ids": [[row] * n for row, n in enumerate(lengths)]})
+    packed = trl.pack_dataset(rows, limit, strategy="bfd")
+    return [list(dict.fromkeys(ids)) for ids in packed["input_ids"]]
+
+
 def as_json(value):
     return json.dumps(value, indent=1, sort_keys=True)

@@ -141,6 +141,14 @@ def test_several_adapters():
     compare(jaxft.set_adapter(model, None), expected("llama")["base"])
 
 
+def test_packs():
+    """Best-fit decreasing, pack by pack and row by row as trl does it."""
+    want = json.loads((GOLDEN / "packs.json").read_text())
+    for limit, case in want.items():
+        assert jaxft.data.pack(case["lengths"], int(limit)) == case["packs"]
+    assert len(want) == 3
+
+
 def test_bitfit_trains_the_names_that_hold_bias():
     """The selection by name and one SGD step, as the authors' code does them."""
     want = {k.removeprefix("bias step "): v for k, v in expected("gpt2").items() if k.startswith("bias step ")}

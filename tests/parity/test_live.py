@@ -161,6 +161,12 @@ def test_merge_is_merge_and_unload(folders, tmp_path):
         np.testing.assert_allclose(again[name], tensor, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("limit", peers.LENGTHS)
+def test_packs(limit):
+    """Pack by pack and row by row what trl puts together."""
+    assert jaxft.data.pack(peers.LENGTHS[limit], limit) == peers.packs(peers.LENGTHS[limit], limit)
+
+
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_greedy_text(base, folders):
     """Unequal prompts, continued as transformers continues each of them alone."""
