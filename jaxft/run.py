@@ -67,7 +67,7 @@ class RunFolder:
         before, now = _flat(self.config().model_dump()), _flat(config.model_dump())
         other = [
             f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
-            for key in sorted({*before, *now})
+            for key in sorted({*before, *now} - {"output"})  # a folder may be moved
             if before.get(key) != now.get(key)
         ]
         if other:
