@@ -1,10 +1,10 @@
 """SIGKILL at random steps: does a run that is killed again and again end with the bits of one that was left alone?
 
-One test command (LoRA with dropout, two sources mixed one to three, two micro-batches, each source shuffled over several
-epochs, a checkpoint every second step) runs once undisturbed, and then in rounds: killed at random steps, taken up with
-`--resume`, killed again, until it ends; then the next round begins, until there were enough kills. Half of the kills
-wait for a checkpoint that is being written. Printed: each kill, where the run went on, and whether the adapter's sha256
-and the figures of every step are those of the undisturbed run.
+One test command (LoRA with dropout, two sources mixed one to three, two micro-batches, each source shuffled over
+several epochs, a checkpoint every second step) runs once undisturbed, and then in rounds: killed at random steps, taken
+up with `--resume`, killed again, until it ends; then the next round begins, until there were enough kills. Half of the
+kills wait for a checkpoint that is being written. Printed: each kill, where the run went on, and whether the adapter's
+sha256 and the figures of every step are those of the undisturbed run.
 
     python benchmarks/kill_resume.py [--kills 20] [--seed N] [--folder DIR]
 
@@ -33,7 +33,10 @@ STEPS, KILLS_A_ROUND = 60, 5
 CONFIG = """task: sft
 model: {{path: {root}/configs/quickstart/model}}
 method: {{name: lora, r: 4, alpha: 8, target_modules: all-linear, dropout: 0.1}}
-data: {{train: [{{path: {folder}/a.jsonl}}, {{path: {folder}/b.jsonl, weight: 3}}], format: instruction, max_length: 48}}
+data:
+  train: [{{path: {folder}/a.jsonl}}, {{path: {folder}/b.jsonl, weight: 3}}]
+  format: instruction
+  template: {{prompt_input: "{{instruction}}: {{input}} -> ", prompt_no_input: "{{instruction}} -> "}}
 optimizer: {{learning_rate: 1e-3, schedule: cosine, warmup_steps: 5, clip_norm: 1.0}}
 train: {{steps: {steps}, batch_size: 8, accumulate: 2, seed: 7, log_every: 1, save_every: 2}}
 output: {folder}/run
@@ -107,11 +110,10 @@ def main():
     finish(folder, start(folder, "whole", False), "the undisturbed run")
     whole = result(folder / "whole")
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "orbax-checkpoint"))
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}; seed {args.seed}"
-    )
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
+    print(f"seed {args.seed}")
     print(f"undisturbed: {STEPS} steps, adapter sha256 {whole[0]}\n")
-    print("| round | kill | start went on after step | killed in step | inside a save |\n|---|---|---|---|---|")
+    print("| round | kill | start went on after step | last step logged | inside a save |\n|---|---|---|---|---|")
     while len(kills) < args.kills:
         rounds, output = rounds + 1, f"round{rounds}"
         for n in range(min(KILLS_A_ROUND, args.kills - len(kills))):
@@ -120,7 +122,7 @@ def main():
                 break
             kills.append(one)
             inside = "yes" if one["inside"] else "no"
-            print(f"| {rounds} | {len(kills)} | {one['began']} | {one['killed'] + 1} | {inside} |", flush=True)
+            print(f"| {rounds} | {len(kills)} | {one['began']} | {one['killed']} | {inside} |", flush=True)
         else:
             finish(folder, start(folder, output, True), "the last start")
         same = result(folder / output) == whole
@@ -128,12 +130,9 @@ def main():
         print(f"| {rounds} | ended | | adapter and figures {'equal' if same else 'DIFFER'} | |", flush=True)
     inside = sum(one["inside"] for one in kills)
     began = [one["began"] for one in kills if one["began"]]
-    print(
-        f"\n{len(kills)} kills in {rounds} rounds, {inside} inside a save; starts that went on from a checkpoint and were"
-    )
-    print(
-        f"killed again: {len(began)}, after steps {began}; {rounds} more ended. Bits {'equal' if equal else 'DIFFER'}"
-    )
+    print(f"\n{len(kills)} kills in {rounds} rounds, {inside} inside a save.")
+    print(f"{len(began)} of the killed starts had gone on from a checkpoint, after steps {began}.")
+    print(f"Adapter and figures of all rounds {'equal' if equal else 'DIFFER from'} the undisturbed run's.")
     if args.folder is None:
         shutil.rmtree(folder)
     sys.exit(not (equal and inside and 2 * len(began) >= len(kills)))

@@ -20,7 +20,8 @@ class Checkpoints:
     """The `checkpoints/` folder of a run: each is there whole or not at all (orbax), and is what was saved (sha256).
 
     A checkpoint is read back when it is written, and older ones make room only then. One that was damaged since is
-    never used: the newest that is whole is. A state has one writer; nothing here may be opened twice.
+    never used: the newest that is whole is. One process at a time may have the folder open (`RunFolder.claim`): what is
+    half written there is removed.
 
     Args:
         folder: Where they are.
@@ -117,7 +118,8 @@ class Checkpoints:
                 damaged[step] = str(error)
         else:
             told = [f"{step}: {reason}" for step, reason in damaged.items()]
-            refuse(CheckpointError, f"{self.folder}: every checkpoint is damaged, so the run cannot go on", told)
+            what = "every checkpoint is damaged, so the run cannot go on: put a copy of one back, or begin another run"
+            refuse(CheckpointError, f"{self.folder}: {what}", told)
             raise CheckpointError(f"{self.folder}: no checkpoint in it")
         for bad, reason in damaged.items():
             self.say(f"warning: {self.folder / str(bad)} is damaged ({reason}): passed over, now damaged-{bad}")
