@@ -42,23 +42,31 @@ def train(
 ) -> None:
     """Train, and leave a run folder."""
     from .run import RunFolder
+    from .train.stop import Stop, Stopped
 
-    read = _config(config, sets, output)
-    run = RunFolder(read.output)
-    if resume and run.finished:
-        print(f"{run.path}: the run has finished; nothing is left to do")
-        return
-    run.check_free(read, resume=resume)
-    from .tasks.train import Job, sample_pairs
-
-    job = Job(read, resume=resume)
-    rows = "packs" if read.data.packing else "rows"
-    print(f"{job.steps:,} steps of {read.train.batch_size} {rows} on {_devices(job.mesh)}, remat {job.remat}")
     try:
-        summary = job.train()
+        with Stop() as stop:
+            with stop.at_once():
+                read = _config(config, sets, output)
+                run = RunFolder(read.output)
+                if resume and run.finished:
+                    print(f"{run.path}: the run has finished; nothing is left to do")
+                    return
+                run.check_idle()
+                run.check_free(read, resume=resume)
+                from .tasks.train import Job, sample_pairs
+
+                job = Job(read, resume=resume, stop=stop)
+                rows = f"{read.train.batch_size} {'packs' if read.data.packing else 'rows'}"
+                print(f"{job.steps:,} steps of {rows} on {_devices(job.mesh)}, remat {job.remat}")
+            summary = job.train()
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
+    except Stopped as stopped:
+        said = f"{stopped}; --resume goes on" if stopped.args else "stopped before anything was trained"
+        print(said, file=sys.stderr)
+        raise typer.Exit(75) from None
     _show(summary, sample_pairs(run))
 
 
@@ -177,7 +185,8 @@ def _show(summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run the command; a user's mistake ends with its message and exit code 2, never with a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for its own models
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs tracebacks of errors that it raises too
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # orbax logs tracebacks of errors that it raises too
     sys.unraisablehook = _unraisable
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # in a log too, what is said comes in the order it was said

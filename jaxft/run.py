@@ -2,10 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RunError
+from .train.lock import holder, locked
 
 if TYPE_CHECKING:  # its packages are for runs alone
     from .config import Config
@@ -30,6 +33,7 @@ class RunFolder:
         self.metrics, self.samples = self.path / "metrics.jsonl", self.path / "samples.jsonl"
         self.checkpoints, self.report = self.path / "checkpoints", self.path / "report"
         self.adapter, self.model = self.path / "adapter", self.path / "model"
+        self.fingerprints, self.lock = self.checkpoints / "fingerprints.json", self.checkpoints / ".lock"
 
     @property
     def started(self) -> bool:
@@ -56,14 +60,14 @@ class RunFolder:
             self._check_same(config)
         elif resume:
             raise RunError(f"{self.path}: there is no run to go on with; leave --resume out to begin one")
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(p.is_file() and p != self.lock for p in self.path.rglob("*")):
             raise RunError(f"{self.path}: the folder holds other files; give an empty or a new one as `output`")
 
     def _check_same(self, config: "Config") -> None:
         before, now = _flat(self.config().model_dump()), _flat(config.model_dump())
         other = [
             f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
-            for key in sorted({*before, *now})
+            for key in sorted({*before, *now} - {"output"})  # a folder may be moved
             if before.get(key) != now.get(key)
         ]
         if other:
@@ -72,12 +76,31 @@ class RunFolder:
                 + "\n  - ".join(other)
             )
 
-    def begin(self, config: "Config") -> None:
-        """Make the folder and write the config."""
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Be the one process that writes here, while the context lasts.
+
+        Raises:
+            RunError: Another one is.
+        """
+        with locked(self.lock) as other:
+            self._refuse_another(other)
+            yield
+
+    def check_idle(self) -> None:
+        """Refuse a run that another process is at; nothing is written."""
+        self._refuse_another(holder(self.lock))
+
+    def _refuse_another(self, other: str | None) -> None:
+        if other is not None:
+            raise RunError(f"{self.path}: {other} is at this run; wait for its end, or give another `output`")
+
+    def begin(self, config: "Config", fingerprints: Mapping[str, Any]) -> None:
+        """Write the config, and the fingerprints of what the run begins with."""
         from .config import dump_config
 
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / CONFIG).write_text(dump_config(config), encoding="utf-8")
+        write_whole(self.path / CONFIG, dump_config(config))
+        write_whole(self.fingerprints, json.dumps(fingerprints, indent=2, ensure_ascii=False) + "\n")
 
     def config(self) -> "Config":
         """Return the config that the run was begun with."""

@@ -68,13 +68,13 @@ INSIDE = {
     "generation": ["sampling", "generate", "__init__"],
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing", "__init__"],
     "config": ["tree", "schema", "load", "__init__"],
-    "tasks": ["__init__", "sft", "train", "use"],
+    "tasks": ["__init__", "sft", "fingerprints", "train", "use"],
     "interop": ["entries", "peft", "folder", "export", "__init__"],
     "testing": ["tiny", "laws", "__init__"],
 }
 INSIDE["methods"] += ["report", "switch", "merge"]
-INSIDE["train"] = ["batch", "state", "step", "optimizer", "checkpoint", "evaluate", "loop", "progress", "trackers"]
-INSIDE["train"] += ["__init__"]
+INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
+INSIDE["train"] += ["trackers", "stop", "lock", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 

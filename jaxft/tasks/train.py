@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import jax
@@ -22,8 +22,10 @@ from ..train.loop import fit
 from ..train.progress import Progress
 from ..train.state import TrainState
 from ..train.step import make_train_step
+from ..train.stop import Stop, Stopped
 from ..train.trackers import check_trackers, make_trackers
 from . import sft
+from .fingerprints import check_same, fingerprints
 
 Say = Callable[[str], None]
 
@@ -35,14 +37,16 @@ class Job:
         config: Of the run.
         resume: Go on with the newest checkpoint of the output folder.
         say: Gets lines for a person to read.
+        stop: Asked after every step whether to leave it at that.
 
     Raises:
-        JaxftError: Whatever is wrong with config, data, model or method.
+        JaxftError: Whatever is wrong with config, data, model or method; or with `resume` is not as it was.
     """
 
-    def __init__(self, config: Config, *, resume: bool = False, say: Say = print):
+    def __init__(self, config: Config, *, resume: bool = False, say: Say = print, stop: Stop | None = None):
         self.config, self.say, self.run, self.resume = config, say, RunFolder(config.output), resume
         self.mesh = sft.choose_mesh(config)
+        self.stop = stop or Stop()
         self.data = sft.load_data(config)
         sft.check_evaluation(config, self.data)
         check_trackers(config.trackers)
@@ -59,38 +63,45 @@ class Job:
             say(str(self.batches))
         self.parameters = parameter_report(self.state)
         say(str(self.parameters).splitlines()[0])
+        self.fingerprints = fingerprints(config, self.data, self.state)
+        if resume:
+            check_same(self.run, self.fingerprints)
 
     def train(self) -> dict[str, Any]:
         """Train, and return the summary that was written.
 
         Raises:
             RunError: The output folder is in use, nothing finite comes out of the steps, or a file cannot be written.
+            Stopped: That was asked for; the steps taken are saved.
         """
         config, run = self.config, self.run
         run.check_free(config, resume=self.resume)
-        if not self.resume:
-            run.begin(config)
-        with ExitStack() as opened:
-            checkpoints = opened.enter_context(Checkpoints(run.checkpoints, keep=config.train.keep))
-            state = self._start(checkpoints)
-            trackers = make_trackers(config.trackers, run.path, config.model_dump(mode="json"))
-            for tracker in trackers:
-                opened.callback(tracker.finish)
-            if int(state.step) == 0:
-                self._evaluate(state, trackers)
-            began = time.perf_counter()
-            progress = opened.enter_context(Progress(self.steps, start=int(state.step)))
-            state = self._fit(state, checkpoints, trackers, progress)
-            seconds = time.perf_counter() - began
-        return self._finish(state, seconds)
+        with run.claim():
+            run.check_free(config, resume=self.resume)  # another process may have begun while this one was loading
+            with ExitStack() as opened:
+                checkpoints = opened.enter_context(Checkpoints(run.checkpoints, keep=config.train.keep, say=self.say))
+                state = self._start(checkpoints)
+                trackers = make_trackers(config.trackers, run.path, config.model_dump(mode="json"))
+                for tracker in trackers:
+                    opened.callback(tracker.finish)
+                step = int(state.step)
+                if step % (config.train.eval_every or self.steps) == 0 and self._last_evaluated() != step:
+                    self._evaluate(state, trackers)
+                began = time.perf_counter() - self.spent
+                progress = opened.enter_context(Progress(self.steps, start=step))
+                state = self._fit(state, checkpoints, trackers, progress, began)
+                seconds = time.perf_counter() - began
+            return self._finish(state, seconds)
 
-    def _fit(self, state: TrainState, checkpoints: Checkpoints, trackers: list[Any], progress: Progress) -> TrainState:
+    def _fit(
+        self, state: TrainState, checkpoints: Checkpoints, trackers: list[Any], progress: Progress, began: float
+    ) -> TrainState:
         train = self.config.train
 
         def log(n: int, figures: dict[str, float]) -> None:
-            rate = {"learning_rate": float(self.schedule(n - 1))}
+            more = {"learning_rate": float(self.schedule(n - 1)), "seconds": time.perf_counter() - began}
             for tracker in trackers:
-                tracker.log(n, {"loss": figures["loss"], **rate, **figures})
+                tracker.log(n, {"loss": figures["loss"], **more, **figures})
             progress.update(n, loss=figures["loss"], tokens_per_second=figures["tokens_per_second"])
 
         def look(state: TrainState) -> None:
@@ -106,28 +117,37 @@ class Job:
             log_every=train.log_every,
             log=log,
             hooks={look: train.eval_every or self.steps, checkpoints.save: train.save_every or self.steps},
+            stop=self.stop,
         )
         checkpoints.save(state)
-        if self._last_evaluated() != self.steps:
+        if not self.stop() and self._last_evaluated() != self.steps:
             look(state)
+        if self.stop():
+            raise Stopped(f"stopped after step {int(state.step)}, which is saved")
         return state
 
     def _start(self, checkpoints: Checkpoints) -> TrainState:
-        if not self.resume or checkpoints.latest is None:
-            if self.resume:
-                self.say("no checkpoint has been written yet: the run begins at step 0")
-                self.run.rewind(-1)
-            return self.state
-        state = checkpoints.restore(self.state)
-        self.run.rewind(int(state.step))
-        self.say(f"going on after step {int(state.step)}")
-        return state
+        self.spent = max((row.get("seconds", 0.0) for row in self.run.records(self.run.metrics)), default=0.0)
+        if self.resume and checkpoints.latest is not None:
+            state = checkpoints.restore(self.state)
+            self.run.rewind(int(state.step))
+            self.say(f"going on after step {int(state.step)}")
+            return state
+        if self.resume:
+            self.say("no checkpoint has been written yet: the run begins at step 0")
+            self.run.rewind(-1)
+        self.run.begin(self.config, self.fingerprints)
+        return self.state
 
     def _evaluate(self, state: TrainState, trackers: list[Any]) -> dict[str, float]:
+        """Log the figures on the held-out rows, and some answers; nothing where the run is asked to stop meanwhile."""
         if not self.config.data.eval:
             return {}
         step, model = int(state.step), state.model
-        figures, written = sft.evaluate(model, self.config, self.data, self.eval_batch_size)
+        with suppress(Stopped), self.stop.at_once():
+            figures, written = sft.evaluate(model, self.config, self.data, self.eval_batch_size)
+        if self.stop():
+            return {}
         figures = prefixed(figures)
         for tracker in trackers:
             tracker.log(step, figures)

@@ -22,6 +22,7 @@ def fit(
     log_every: int = 10,
     log: Callable[[int, dict[str, float]], None] | None = None,
     hooks: Mapping[Hook, int] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
     """Train until `steps` optimiser steps are taken.
 
@@ -35,9 +36,10 @@ def fit(
             `tokens_per_second` (tokens that are no padding), `trained_tokens` and `skipped` steps since the last call.
         hooks: What to do with the state after every so many steps: `{evaluate: 100, save: 50}`; their time does
             not count.
+        stop: Asked before each step: whether to leave it at the steps taken.
 
     Returns:
-        The state at the end.
+        The state at the end, or where `stop` said so.
 
     Raises:
         RunError: Not one step since the last call had a finite loss, gradient and result.
@@ -54,6 +56,8 @@ def fit(
     window: list[Any] = []
     tokens, began = 0, time.perf_counter()
     for n in range(int(state.step) + 1, steps + 1):
+        if stop():
+            break
         batch = next(batches)
         tokens += int(np.sum(batch["attention_mask"])) if "attention_mask" in batch else batch["input_ids"].size
         state, metrics = step(state, batch)

@@ -101,7 +101,7 @@ def test_a_run_leaves_what_it_should(done):
     assert summary["after"]["eval_loss"] == rows[-1]["eval_loss"] < summary["before"]["eval_loss"]
     assert 0 <= summary["after"]["eval_accuracy"] <= 1
     assert summary["trainable_parameters"] == sum(x.size for x in tensors(done).values())
-    assert sorted(p.name for p in (done / "checkpoints").iterdir()) == ["3", "6"]
+    assert sorted(p.name for p in (done / "checkpoints").iterdir()) == [".lock", "3", "6", "fingerprints.json"]
     samples = [json.loads(line) for line in (done / "samples.jsonl").read_text().split("\n")[:-1]]
     assert len(samples) == 6
     assert samples[0]["prompt"] == "the cat:"
@@ -197,19 +197,19 @@ def test_a_disk_that_is_full(run, place, monkeypatch):
     """The write of the second checkpoint fails: exit 2, no traceback, and the first one is good."""
     import orbax.checkpoint as ocp
 
-    save = ocp.CheckpointManager.save
+    save = ocp.Checkpointer.save
 
-    def full(self, step, **options):
-        if step > 3:
+    def full(self, folder, **options):
+        if folder.name == "6":
             raise OSError(28, "No space left on device")
-        return save(self, step, **options)
+        return save(self, folder, **options)
 
-    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
     code, _, err = run("train", "c.yaml", "--output", "full")
     assert code == 2
     assert "the checkpoint of step 6 cannot be written (no space left on the disk)" in err
     assert "The last good one is of step 3" in err
-    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+    monkeypatch.setattr(ocp.Checkpointer, "save", save)
     assert run("train", "c.yaml", "--output", "full", "--resume")[0] == 0
 
 
