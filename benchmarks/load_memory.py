@@ -108,9 +108,8 @@ def main():
             m = json.loads(done.stdout.splitlines()[-1])
             gb = {key: m[key] / 1e9 for key in ("model", "peak", "after", "fullest")}
             share = f"{gb['fullest']:.3f} ({m['fullest'] / m['model']:.3f})"
-            print(
-                f"| {devices} | {gb['model']:.3f} | {gb['peak']:.3f} | {gb['after']:.3f} | {share} | {m['seconds']:.1f} |"
-            )
+            figures = f"{gb['model']:.3f} | {gb['peak']:.3f} | {gb['after']:.3f} | {share} | {m['seconds']:.1f}"
+            print(f"| {devices} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -176,9 +176,10 @@ def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainSta
 
 def abstract_batch(config: Config, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the widest batch of a config, as shapes."""
-    shape = (config.train.batch_size, width_of(config.data.max_length))
+    length, packing = config.data.max_length, config.data.packing
+    shape = (config.train.batch_size, length if packing else width_of(length))
     sharding = None if mesh is None else rows_sharding(mesh)
-    names = ("input_ids", "labels", "attention_mask")
+    names = ["input_ids", "labels", "attention_mask", *(["segment_ids", "position_ids"] if packing else [])]
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
 
 

@@ -53,11 +53,12 @@ def config(tmp_path):
 
 @pytest.mark.parametrize("mesh", ["", "mesh: {data: 2, fsdp: 2, tensor: 2}\n", "mesh: {data: 1, fsdp: 8}\n"])
 @pytest.mark.parametrize("method", ["{name: full}", "{name: lora, r: 8, target_modules: all-linear}"])
-def test_its_bytes_are_those_of_live_arrays(config, mesh, method, tmp_path):
+def test_its_bytes_are_those_of_live_arrays(config, mesh, method, tmp_path, tokenizer):
     read = load_config(config(method=method, more=mesh))
     plan = make_plan(read)
-    jaxft.save_model(tiny_llama(**SHAPE, dtype="bfloat16"), tmp_path / "model")
-    live = sft.load_state(load_config(config(method=method, more=mesh), [f"model.path={tmp_path}/model"]), 3, None)
+    jaxft.save_model(tiny_llama(**SHAPE, dtype="bfloat16"), tmp_path / "model", tokenizer)
+    trained = load_config(config(method=method, more=mesh), [f"model.path={tmp_path}/model"])
+    live = sft.load_state(trained, 3, sft.choose_mesh(trained))
 
     def held(tree):
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
@@ -126,9 +127,12 @@ def test_a_table_for_people(config):
 
 
 def test_the_widest_batch_is_planned(config):
-    batch = abstract_batch(load_config(config()), None)
-    assert {name: x.shape for name, x in batch.items()} == dict.fromkeys(
-        ("input_ids", "labels", "attention_mask"), (8, 128)
+    padded = abstract_batch(load_config(config()), None)
+    packed = abstract_batch(load_config(config(), ["data.packing=true"]), None)
+    names = ("input_ids", "labels", "attention_mask")
+    assert {name: x.shape for name, x in padded.items()} == dict.fromkeys(names, (8, 128))
+    assert {name: x.shape for name, x in packed.items()} == dict.fromkeys(
+        (*names, "segment_ids", "position_ids"), (8, 100)
     )
 
 
@@ -155,8 +159,8 @@ def test_a_shape_alone_cannot_be_trained(config):
         sft.load_data(load_config(config()))
 
 
-def test_weights_of_another_shape_than_the_config_says(config, tmp_path):
-    jaxft.save_model(tiny_llama(**{**SHAPE, "num_hidden_layers": 2}), tmp_path / "model")
+def test_weights_of_another_shape_than_the_config_says(config, tmp_path, tokenizer):
+    jaxft.save_model(tiny_llama(**{**SHAPE, "num_hidden_layers": 2}), tmp_path / "model", tokenizer)
     with pytest.raises(jaxft.ConfigError, match="num_hidden_layers"):
         sft.load_state(load_config(config(), [f"model.path={tmp_path}/model"]), 3, None)
 
