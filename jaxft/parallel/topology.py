@@ -37,10 +37,10 @@ def topology_devices(name: str) -> list[Any]:
     """
     from jax.experimental import topologies
 
-    jax.devices()  # reads XLA_FLAGS; the TPU compiler would end the process over one that is not its own
-    os.environ.pop("XLA_FLAGS", None)
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
+    jax.devices()  # reads XLA_FLAGS; the TPU compiler would end the process over one that is not its own
+    os.environ.pop("XLA_FLAGS", None)
     one = {"chips_per_host_bounds": (1, 1, 1)} if set(name.rpartition(":")[2]) <= set("1x") else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **one).devices)
