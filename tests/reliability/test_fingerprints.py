@@ -57,6 +57,12 @@ def change_a_row(place):
     (place / "a.jsonl").write_text(text.replace("cat 7", "cat 9"))
 
 
+def change_a_prompt(place):
+    """As many tokens, the same answer: only the prompt's ids are others."""
+    text = (place / "a.jsonl").read_text()
+    (place / "a.jsonl").write_text(text.replace("the cat", "the sat", 1))
+
+
 def append_a_row(place):
     write_rows(place / "b.jsonl", 7, "mat")
 
@@ -85,6 +91,7 @@ def other_weights(place):
 ROWS = "rows as before, but other ones, or in another order, or cut or tokenised otherwise"
 CASES = [
     (change_a_row, [f"data.train: a has 10 {ROWS}"]),
+    (change_a_prompt, [f"data.train: a has 10 {ROWS}"]),
     (append_a_row, ["data.train: b has 7 rows, and had 6", "data.eval: b has 7 rows, and had 6"]),
     (turn_rows_round, [f"data.train: a has 10 {ROWS}"]),
     (
