@@ -53,7 +53,8 @@ class Plan:
         fits: Whether the total is within the capacity.
         flops_per_step: Of the matrix products of all devices together, recomputed ones included.
         compile_seconds: Time that the compiler took here.
-        collectives: How many of each the program has; those of a scanned layer count once.
+        collectives: How many of each the program has; those of a scanned layer count once. None: the program is not
+            there (its temporaries do not fit), or its text cannot be read (a libtpu of another time than this jax).
     """
 
     device: str
@@ -71,14 +72,15 @@ class Plan:
     fits: bool
     flops_per_step: int
     compile_seconds: float
-    collectives: dict[str, int]
+    collectives: dict[str, int] | None
 
     def __str__(self) -> str:
         axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
         spare = (self.capacity_bytes - self.total_bytes) / GIB
         verdict = f"fits, {spare:.2f} to spare" if self.fits else f"does not fit: {-spare:.2f} too much"
         percent = 100 * self.trainable_parameters / self.total_parameters
-        found = ", ".join(f"{n} {name}" for name, n in self.collectives.items())
+        kinds = None if self.collectives is None else [f"{n} {name}" for name, n in self.collectives.items()]
+        sent = "not read" if kinds is None else ", ".join(kinds) or "none"
         lines = {
             "parameters": self.parameters_bytes,
             "optimizer": self.optimizer_bytes,
@@ -96,7 +98,7 @@ class Plan:
                 verdict,
                 "",
                 f"{self.flops_per_step:.3e} FLOPs a step, of all devices",
-                f"collectives: {found or 'none'} (a layer's count once)",
+                f"collectives: {sent} (a layer's count once)",
                 f"compiled in {self.compile_seconds:.0f} s",
             ]
         )
@@ -122,7 +124,7 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
     traced = step.trace(state, batch)
     began = time.perf_counter()
     arguments = _device_bytes((state.trainable, state.frozen, state.opt_state, state.step, state.key, batch))
-    collectives: Counter[str] = Counter()
+    collectives = None
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -135,7 +137,7 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         memory = compiled.memory_analysis()
         temporaries = memory.temp_size_in_bytes
         total = memory.argument_size_in_bytes + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        collectives.update(COLLECTIVE.findall(compiled.as_text()))
+        collectives = _collectives(compiled)
     room = capacity(devices[0])
     report = parameter_report(state)
     return Plan(
@@ -154,7 +156,7 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         fits=total <= room,
         flops_per_step=count_flops(traced.jaxpr),
         compile_seconds=time.perf_counter() - began,
-        collectives=dict(sorted(collectives.items())),
+        collectives=collectives,
     )
 
 
@@ -181,6 +183,15 @@ def abstract_batch(config: Config, mesh: Mesh | None) -> dict[str, jax.ShapeDtyp
     sharding = None if mesh is None else rows_sharding(mesh)
     names = ["input_ids", "labels", "attention_mask", *(["segment_ids", "position_ids"] if packing else [])]
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
+
+
+def _collectives(compiled: Any) -> dict[str, int] | None:
+    """Count the collectives in a program's text."""
+    try:
+        found = COLLECTIVE.findall(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        return None
+    return dict(sorted(Counter(found).items()))
 
 
 def _device_bytes(tree: Any) -> int:

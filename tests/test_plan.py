@@ -109,6 +109,7 @@ def test_what_does_not_fit_is_an_answer(config):
     assert plan["fits"] is False
     assert plan["temporary_bytes"] > plan["capacity_bytes"]
     assert plan["total_bytes"] > plan["temporary_bytes"]
+    assert plan["collectives"] is None
 
 
 @pytest.mark.parametrize("topology", ["v5e:3x3", "v9:2x2", "nonsense", "v5e:"])
