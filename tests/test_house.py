@@ -64,7 +64,7 @@ INSIDE = {
         "__init__",
         "partition",
     ],
-    "losses": ["language", "__init__"],
+    "losses": ["entropy", "chunked", "language", "__init__"],
     "generation": ["sampling", "generate", "__init__"],
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing", "__init__"],
     "config": ["tree", "schema", "load", "__init__"],

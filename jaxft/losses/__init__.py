@@ -1,5 +1,7 @@
 """Losses as pure functions: one formula each, float32 inside, masked, safe where a mask leaves nothing."""
 
-from .language import cross_entropy, next_token_loss
+from .chunked import chunked_cross_entropy
+from .entropy import cross_entropy
+from .language import next_token_loss
 
-__all__ = ["cross_entropy", "next_token_loss"]
+__all__ = ["chunked_cross_entropy", "cross_entropy", "next_token_loss"]

@@ -1,4 +1,4 @@
-"""Losses of language modelling. Shapes: B rows, T positions, V tokens of the vocabulary, D model width."""
+"""Losses of language modelling. Shapes: B rows, T positions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,33 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import BatchError
-
-IGNORED = -100  # the label of a token that is not trained, as in transformers
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, reduction: str = "mean") -> jax.Array:
-    """Return `-log softmax(logits)[label]`, over the labels that are not -100.
-
-    Args:
-        logits: `[..., V]`, any float dtype; computed in float32. What stands at ignored labels, NaN included,
-            changes neither value nor gradient.
-        labels: `[...]` int; -100 is not trained. Not shifted: label t belongs to logits t.
-        reduction: `"mean"` over the trained labels (0 where there are none), `"sum"`, or `"none"`: `[...]`, zeros at
-            ignored labels.
-
-    Returns:
-        A float32 scalar, or `[...]` with `reduction="none"`; in nats.
-
-    >>> f"{cross_entropy(jnp.zeros((2, 4)), jnp.array([1, -100])):.4f}"  # log 4
-    '1.3863'
-    """
-    trained = labels != IGNORED
-    logits = jnp.where(trained[..., None], logits, 0).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, jnp.where(trained, labels, 0)[..., None], -1)[..., 0]
-    loss = jnp.where(trained, jax.nn.logsumexp(logits, -1) - picked, 0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / jnp.maximum(trained.sum(), 1)
+from .chunked import chunked_cross_entropy
+from .entropy import IGNORED
 
 
 def next_token_loss(
@@ -41,10 +16,11 @@ def next_token_loss(
 ) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     """Predict each token from those before it: `sum over t of -log p(x_t | x_<t)`, where label t is not -100.
 
-    The model loss of instruction tuning and of plain language modelling, as `transformers` computes it.
+    The model loss of instruction tuning and of plain language modelling, as `transformers` computes it. The logits are
+    never formed whole: see `chunked_cross_entropy`.
 
     Args:
-        model: A model with `hidden` and `head`.
+        model: A model with `hidden` and `head`, a pytree.
         batch: `input_ids` and `labels` (unshifted, -100 = not trained), both `[B, T]`; optionally `attention_mask`,
             `position_ids`, `segment_ids`. Padding predicts nothing and is not predicted, whatever its label says
             (transformers looks at the label alone), and nothing is predicted across a border of segments.
@@ -63,9 +39,10 @@ def next_token_loss(
     if absent:
         raise BatchError(f"next_token_loss needs input_ids and labels [B, T]; the batch lacks {' and '.join(absent)}")
     inputs = {name: batch[name] for name in ("attention_mask", "position_ids", "segment_ids") if name in batch}
-    hidden = model.hidden(batch["input_ids"], **inputs, key=key)[:, :-1]
+    hidden = model.hidden(batch["input_ids"], **inputs, key=key)
     labels = jnp.where(predicted(batch), batch["labels"][:, 1:], IGNORED)
-    total = cross_entropy(model.head(hidden, key=key), labels, reduction="sum")
+    labels = jnp.pad(labels, ((0, 0), (0, 1)), constant_values=IGNORED)  # the last token predicts nothing
+    total = chunked_cross_entropy(model, hidden, labels, key=key)
     return total, jnp.sum(labels != IGNORED).astype(jnp.float32), {}
 
 

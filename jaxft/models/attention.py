@@ -3,6 +3,8 @@
 Shapes: B rows, H query heads, K key/value heads (H a multiple of K), T queries, S keys, E width of a head.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -60,20 +62,26 @@ def heads_first(
     """Attention as plain matrix products per head, the layout that XLA on a CPU multiplies fastest.
 
     The query heads that share a key head stand below each other, so that keys are never repeated, and the division
-    by the sum comes after the product with `v`, on T x E numbers and not on T x S.
+    by the sum comes after the product with `v`, on T x E numbers and not on T x S. All of it has four axes and the mask
+    is added, not selected by: so XLA makes one kernel of the forward pass, and it is cheaper to run that kernel again
+    in the backward pass than to keep T x S numbers for it.
     """
     b, h, t, e = q.shape
     groups = h // k.shape[1]
-    q = q.reshape(b, k.shape[1], groups * t, e)
-    scores = (q @ k.swapaxes(2, 3)).astype(jnp.float32) * (e**-0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = scores.reshape(b, k.shape[1], groups, t, -1)
-    scores = jnp.where(mask[:, :, None], scores, MASKED)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total = weights.sum(-1, keepdims=True).reshape(b, k.shape[1], groups * t, 1)
-    weights = dropout(weights, rate, key).reshape(b, k.shape[1], groups * t, -1).astype(v.dtype)
-    return ((weights @ v) / total.astype(v.dtype)).reshape(b, h, t, e)
+    scale = e**-0.5 if scale is None else scale
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = (q.reshape(b, -1, groups * t, e) @ k.swapaxes(2, 3)).astype(jnp.float32) * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        scores = scores + jnp.tile(jnp.where(mask, 0.0, MASKED), (1, 1, groups, 1))
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        total = weights.sum(-1, keepdims=True)
+        weights = dropout(weights, rate, key).astype(v.dtype)
+        return ((weights @ v) / total.astype(v.dtype)).reshape(b, h, t, e)
+
+    return attention(q, k, v)
 
 
 def causal_mask(

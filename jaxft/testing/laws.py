@@ -18,7 +18,8 @@ import numpy as np
 import optax
 
 from ..interop.folder import load_adapter, save_adapter
-from ..losses.language import IGNORED, next_token_loss
+from ..losses.entropy import IGNORED
+from ..losses.language import next_token_loss
 from ..methods import METHODS, Full
 from ..methods.method import Method, adapters, attach, parts_of
 from ..methods.partition import combine, leaves, partition, trainable_mask

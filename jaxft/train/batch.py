@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ..errors import BatchError, refuse
-from ..losses.language import IGNORED
+from ..losses.entropy import IGNORED
 
 TOKENS = ("input_ids", "labels", "attention_mask", "position_ids", "segment_ids")
 
