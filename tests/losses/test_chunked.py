@@ -22,7 +22,7 @@ ROWS, LENGTH, WIDTH, VOCABULARY = 3, 12, 32, 64
 @pytest.fixture
 def small(monkeypatch):
     """Chunks of four positions of the twelve: five were asked for, and chunks are of one width."""
-    monkeypatch.setattr(chunked, "LOGITS", 5 * ROWS * VOCABULARY // jax.device_count())
+    monkeypatch.setitem(chunked.LOGITS, "cpu", 5 * ROWS * VOCABULARY)
 
 
 class Capped(LlamaForCausalLM):
@@ -209,10 +209,10 @@ def differentiated(make, method, loss=next_token_loss):
 
 def test_no_array_is_larger_than_a_chunk_of_logits(monkeypatch):
     vocabulary = 1000
-    monkeypatch.setattr(chunked, "LOGITS", 2 * ROWS * vocabulary // jax.device_count() + 1)
+    monkeypatch.setitem(chunked.LOGITS, "cpu", 2 * ROWS * vocabulary + 1)
     make = lambda: tiny_llama(vocab_size=vocabulary)
     assert largest(differentiated(make, jaxft.LoRA(r=2))) == 2 * ROWS * vocabulary
-    monkeypatch.setattr(chunked, "LOGITS", 2**22)
+    monkeypatch.setitem(chunked.LOGITS, "cpu", 2**22)
     assert largest(differentiated(make, jaxft.LoRA(r=2))) == LENGTH * ROWS * vocabulary
 
 
