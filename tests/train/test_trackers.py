@@ -45,7 +45,7 @@ def test_tensorboard(tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::pytest.PytestWarning")
 def test_wandb_offline(tmp_path, monkeypatch):
     """Its own packages warn; what is looked at is the run that it leaves."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_PROJECT", "a-project")
@@ -53,6 +53,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     tracker.log(7, {"loss": 0.5})
     file.finish()
     tracker.finish()
+    wandb.teardown()  # its writer is a process of its own, and is waited for when ours ends: here and now
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (stored,) = run.glob("*.wandb")
     raw = stored.read_bytes()
