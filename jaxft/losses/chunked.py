@@ -64,19 +64,36 @@ def chunked_cross_entropy(
     jaxpr = jax.make_jaxpr(loss)(dict(enumerate(leaves)), key, 0, *(x[0] for x in chunks)).jaxpr
     read = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     head = {i: leaf for i, leaf in enumerate(leaves) if id(jaxpr.invars[i]) in read}
-    return _total(loss, head, key, *chunks)
+    spread = _mesh(model) is not None and _mesh(model).size > 1
+    return _total(loss, spread, head, key, *chunks)
 
 
 def _room(model: Any) -> int:
     """Return how many logits a chunk may have, on all the devices of a model's mesh together."""
-    mesh = getattr(getattr(model, "config", None), "mesh", None)
+    mesh = _mesh(model)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return LOGITS.get(platform, ACCELERATOR) * (1 if mesh is None else mesh.size)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(loss: Any, head: dict[int, Any], key: jax.Array | None, hidden: jax.Array, labels: jax.Array) -> jax.Array:
-    """Add the losses of the chunks: `hidden` is `[chunks, B, t, D]`, `head` the leaves of the model that it reads."""
+def _mesh(model: Any) -> Any:
+    return getattr(getattr(model, "config", None), "mesh", None)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _total(
+    loss: Any, spread: bool, head: dict[int, Any], key: jax.Array | None, hidden: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """Add the losses of the chunks.
+
+    Args:
+        loss: Of one chunk.
+        spread: Whether the rows lie on several devices: a trained head then takes all chunks as one, or the devices
+            would add up its gradient, as large as the head, once a chunk.
+        head: The leaves of the model that the head reads, by number.
+        key: Dropout key.
+        hidden: `[chunks, B, t, D]`.
+        labels: `[chunks, B, t]`.
+    """
 
     def add(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
         return total + loss(head, key, *chunk), None
@@ -84,11 +101,14 @@ def _total(loss: Any, head: dict[int, Any], key: jax.Array | None, hidden: jax.A
     return jax.lax.scan(add, jnp.float32(0), (jnp.arange(len(hidden)), hidden, labels))[0]
 
 
-def _forward(loss: Any, head: dict[int, Any], *others: Any) -> tuple[jax.Array, Any]:
+def _forward(loss: Any, spread: bool, head: dict[int, Any], *others: Any) -> tuple[jax.Array, Any]:
     """Differentiate each chunk by its hidden states and by the leaves of the head that are trained, and by no other."""
     trained = {i: leaf.value for i, leaf in head.items() if leaf.perturbed}
     values = {i: leaf.value for i, leaf in head.items()}
     key, hidden, labels = jax.tree.map(lambda x: x.value, others)
+    number = len(hidden)
+    if trained and spread:
+        hidden, labels = (x.swapaxes(0, 1).reshape(1, x.shape[1], -1, *x.shape[3:]) for x in (hidden, labels))
 
     def one(trained: dict[int, jax.Array], hidden: jax.Array, index: jax.Array, labels: jax.Array) -> jax.Array:
         return loss({**values, **trained}, key, index, hidden, labels)
@@ -100,10 +120,13 @@ def _forward(loss: Any, head: dict[int, Any], *others: Any) -> tuple[jax.Array, 
 
     zeros = jnp.float32(0), {i: jnp.zeros(x.shape, jnp.float32) for i, x in trained.items()}
     (total, dhead), dhidden = jax.lax.scan(add, zeros, (jnp.arange(len(hidden)), hidden, labels))
+    if len(dhidden) < number:
+        _, rows, length, width = dhidden.shape
+        dhidden = dhidden.reshape(rows, number, length // number, width).swapaxes(0, 1)
     return total, ({i: dhead[i].astype(x.dtype) if i in dhead else None for i, x in values.items()}, dhidden)
 
 
-def _backward(_: Any, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+def _backward(_: Any, __: bool, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     dhead, dhidden = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), saved)
     return dhead, None, dhidden, None
 

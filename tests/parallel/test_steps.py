@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxft
-from jaxft.losses import next_token_loss
+from jaxft.losses import chunked, next_token_loss
 from jaxft.models.hub import fresh_model
 from jaxft.parallel.rules import rows_sharding
 from jaxft.testing import tiny_gpt2, tiny_llama
@@ -101,6 +101,16 @@ def test_these_are_all_methods():
         jaxft.methods.METHODS.values()
     )
     assert len(CASES) == 24
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_chunks_of_the_loss_on_a_mesh(method, monkeypatch):
+    """The logits of six chunks of two positions; a trained head takes them as one."""
+    monkeypatch.setitem(chunked.LOGITS, "cpu", 2 * 16 * 64 // 8)
+    losses, _, params = run(split_over("llama", "fsdp"), METHODS[method])
+    np.testing.assert_allclose(losses, alone("llama", method)[0], atol=1e-5)
+    for path, value in alone("llama", method)[2].items():
+        np.testing.assert_allclose(params[path], value, atol=1e-5, err_msg=path)
 
 
 def test_micro_batches_on_a_mesh():
