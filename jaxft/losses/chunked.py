@@ -95,6 +95,8 @@ def _total(
         labels: `[chunks, B, t]`.
     """
 
+    del spread  # the chunks make no difference to the value
+
     def add(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
         return total + loss(head, key, *chunk), None
 
