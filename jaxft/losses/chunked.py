@@ -94,7 +94,6 @@ def _total(
         hidden: `[chunks, B, t, D]`.
         labels: `[chunks, B, t]`.
     """
-
     del spread  # the chunks make no difference to the value
 
     def add(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
