@@ -1,9 +1,11 @@
-"""Time of one LoRA step, jaxft beside peft: the same model, batch and machine, alternating, two threads, float32.
+"""Time of one LoRA step, jaxft beside peft: the same model, batch and machine, alternating, float32.
 
-    python benchmarks/step_time.py            (in an environment with the [parity] extra)
+    python benchmarks/step_time.py [--threads 1]            (in an environment with the [parity] extra)
 
-Each side is a process of its own; a round asks one after the other for a few steps. Printed: medians, and the ratio
-peft / jaxft of wall and of CPU time with its spread over the rounds. Above 1, jaxft is faster.
+Each side is a process of its own, on as many cores as it has threads; a round asks one after the other for a few steps.
+Printed: medians, and two ratios with their spread over the rounds: tokens/s of jaxft over peft's, which is the inverse
+of wall time, and CPU time of peft over jaxft's. Above 1, jaxft is faster. On a machine that others use, read the CPU
+time at one thread: of two, one waits for the other in a loop, and that counts as CPU time too.
 """
 
 import argparse
@@ -17,7 +19,6 @@ import time
 
 import numpy as np
 
-THREADS = 2
 LORA = {"r": 8, "alpha": 16}
 LLAMA = {"model_type": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
 GPT2 = {"model_type": "gpt2", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -47,7 +48,7 @@ def torch_side(shape, folder):
     import torch
     import transformers
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(**SHAPES[shape][0])
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -89,8 +90,9 @@ def jax_side(shape, folder):
     return step
 
 
-def serve(side, shape, folder):
+def serve(side, shape, folder, threads):
     """A child: a line with a number comes in, so many steps are taken, a line with times goes out."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])  # XLA has a thread for each core
     step = {"peft": torch_side, "jaxft": jax_side}[side](shape, folder)
     first = step()
     step()
@@ -103,12 +105,13 @@ def serve(side, shape, folder):
         print(json.dumps([(time.perf_counter() - wall) / n, (time.process_time() - cpu) / n]), flush=True)
 
 
-def compare(shape, rounds):
+def compare(shape, rounds, threads):
     with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
         sides = {}
         for side in ("peft", "jaxft"):  # the first makes the weights that the second loads
             command = [sys.executable, __file__, "--serve", side, "--shape", shape, "--folder", folder]
+            command += ["--threads", str(threads)]
             sides[side] = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
             )
@@ -124,29 +127,35 @@ def compare(shape, rounds):
             child.wait()
     losses = [child.first for child in sides.values()]
     assert abs(losses[0] - losses[1]) < 1e-4 * losses[0], f"not the same model: first losses {losses}"
-    row = [shape]
-    for which in (0, 1):
-        a, b = ([t[which] for t in times[side]] for side in ("peft", "jaxft"))
-        ratios = [x / y for x, y in zip(a, b, strict=True)]
-        row += [f"{1e3 * statistics.median(a):.1f}", f"{1e3 * statistics.median(b):.1f}"]
-        row += [f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"]
+    wall, cpu = ([[t[which] for t in times[side]] for side in ("peft", "jaxft")] for which in (0, 1))
+    rates = [SHAPES[shape][1] * SHAPES[shape][2] / statistics.median(t) for t in wall]
+    row = [shape, *(f"{1e3 * statistics.median(t):.1f}" for t in wall), *(f"{rate:.0f}" for rate in rates)]
+    row += [spread(*wall), *(f"{1e3 * statistics.median(t):.1f}" for t in cpu), spread(*cpu)]
     print("| " + " | ".join(row) + " |", flush=True)
+
+
+def spread(a, b):
+    """Median and range of a / b over the rounds."""
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    return f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2, help="and cores, of each side")
     parser.add_argument("--shape", help="one of: " + "; ".join(SHAPES))
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, options.shape, options.folder)
+        serve(options.serve, options.shape, options.folder, options.threads)
         return
-    print("| shape | peft wall ms | jaxft wall ms | ratio of wall | peft CPU ms | jaxft CPU ms | ratio of CPU |")
-    print("|---|---|---|---|---|---|---|")
+    heads = ["shape", "peft wall ms", "jaxft wall ms", "peft tokens/s", "jaxft tokens/s", "ratio of tokens/s"]
+    heads += ["peft CPU ms", "jaxft CPU ms", "ratio of CPU"]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for shape in [options.shape] if options.shape else SHAPES:
-        compare(shape, options.rounds)
+        compare(shape, options.rounds, options.threads)
 
 
 if __name__ == "__main__":

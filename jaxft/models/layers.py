@@ -15,7 +15,7 @@ from flax import nnx
 from ..parallel.rules import constrain
 from .seams import Context, add_deltas, lift, mix, read
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "relu": jax.nn.relu,
@@ -23,6 +23,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+# Computed again for the gradient, from their input alone: cheaper than keeping what stands between (up to four of it).
+ACTIVATIONS = {name: jax.checkpoint(f, prevent_cse=False) for name, f in _FUNCTIONS.items()}
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = 0.02) -> jax.Array:
