@@ -44,8 +44,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     fixed = math.prod(n for n in given.values() if n != -1)
     sizes = [len(devices) // fixed if n == -1 else n for n in given.values()]
     if math.prod(sizes) != len(devices):
-        raise MeshError(
-            f"mesh {said}: its axes multiply to {math.prod(sizes) or fixed}, and there are {len(devices)} devices; "
-            "one axis may be -1, what is left"
-        )
+        there = f"are {len(devices)} devices" if len(devices) > 1 else "is one device"
+        product = math.prod(sizes) or fixed
+        raise MeshError(f"mesh {said}: its axes multiply to {product}, and there {there}; one may be -1, what is left")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

@@ -45,7 +45,7 @@ def topology_devices(name: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **one).devices)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError, RuntimeError) as error:
-        if "libtpu" in str(error) or "plugin" in str(error).lower():
+        if "not installed" in str(error):
             raise RunError("the TPU compiler is not installed: pip install 'jaxft[plan]'") from None
         reason = str(error).strip().splitlines()[0]
         raise MeshError(
