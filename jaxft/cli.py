@@ -142,9 +142,12 @@ def plan(
     sets: Overrides = None,
 ) -> None:
     """Say what a step will need of each device, and whether it fits; no data, no weights, no TPU."""
-    if topology is not None:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiled for a TPU, which is not asked for
+    import jax
+
     from .plan import make_plan
+
+    if topology is not None and not jax.config.values["jax_platforms"]:
+        jax.config.update("jax_platforms", "cpu")  # compiled for a TPU, with no device of this machine
 
     made = make_plan(_config(config, sets), topology)
     print(json.dumps(dataclasses.asdict(made)) if as_json else made)

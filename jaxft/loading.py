@@ -51,7 +51,7 @@ def load(
     run = RunFolder(path_or_hub_id)
     if run.started:
         return load_run(run, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract)
-    folder = resolve(path_or_hub_id)
+    folder = resolve(path_or_hub_id, weights=not abstract)
     tokenizer = load_tokenizer(folder)
     options = {"dtype": dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
     model = load_model(folder, **options, source=str(path_or_hub_id))
@@ -66,17 +66,17 @@ def load_run(
     An adapter gets the first name that is free: "default", and over another run's adapter "default_2".
 
     Raises:
-        RunError: The run has not finished.
+        RunError: The run has not finished; or shapes are asked for, and it has an adapter.
     """
     if not run.finished:
         raise RunError(f"{run.path}: the run has not finished, so there is no model yet; go on with --resume")
     if run.model.is_dir():
         return load(run.model, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract)
+    if abstract:
+        raise RunError(f"{run.path}: an adapter is read with its weights; give the base model for shapes alone")
     config = run.config()
     options: dict[str, Any] = {"dtype": dtype or config.model.dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
     model, tokenizer = load(config.model.source, **options)
-    if abstract:
-        raise RunError(f"{run.path}: an adapter is read with its weights; give the base model for shapes alone")
     if config.method is None and adapters(model):  # it went on with the adapter that it found, which this one replaces
         model = detach(model, next(reversed(adapters(model))))
     model = load_adapter(model, run.adapter, name=free_name(model))

@@ -5,7 +5,6 @@ import math
 import re
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from .flops import count_flops
 from .loading import load
 from .losses.language import next_token_loss
 from .methods.report import parameter_report
-from .models.hub import abstract_model, load_model, read_shape, resolve
+from .models.hub import abstract_model, load_model, resolve
 from .parallel import make_mesh
 from .parallel.rules import rows_sharding
 from .parallel.topology import GIB, capacity, topology_devices
@@ -39,7 +38,8 @@ class Plan:
 
     Attributes:
         device: Kind of device.
-        mesh: Devices along each axis.
+        devices: How many there are.
+        mesh: How many of them are used along each axis.
         remat: What the backward pass recomputes.
         rows: Rows of a step, over all devices.
         width: Tokens of the widest row.
@@ -54,10 +54,11 @@ class Plan:
         flops_per_step: Of the matrix products of all devices together, recomputed ones included.
         compile_seconds: Time that the compiler took here.
         collectives: How many of each the program has; those of a scanned layer count once. None: the program is not
-            there (its temporaries do not fit), or its text cannot be read (a libtpu of another time than this jax).
+            there (the compiler gave up), or its text cannot be read (a libtpu of another time than this jax).
     """
 
     device: str
+    devices: int
     mesh: dict[str, int]
     remat: str
     rows: int
@@ -79,6 +80,8 @@ class Plan:
         spare = (self.capacity_bytes - self.total_bytes) / GIB
         verdict = f"fits, {spare:.2f} to spare" if self.fits else f"does not fit: {-spare:.2f} too much"
         percent = 100 * self.trainable_parameters / self.total_parameters
+        used = math.prod(self.mesh.values())
+        more = f", of {self.devices} (`mesh: {{data: -1}}` uses them all)" if used < self.devices else ""
         kinds = None if self.collectives is None else [f"{n} {name}" for name, n in self.collectives.items()]
         sent = "not read" if kinds is None else ", ".join(kinds) or "none"
         lines = {
@@ -90,8 +93,8 @@ class Plan:
         }
         return "\n".join(
             [
-                f"{math.prod(self.mesh.values())} x {self.device} ({axes}), {self.rows} rows x {self.width:,} tokens, "
-                f"remat {self.remat}",
+                f"{used} x {self.device} ({axes}){more}",
+                f"{self.rows} rows x {self.width:,} tokens a step, remat {self.remat}",
                 f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters trained ({percent:.2f} %)",
                 "",
                 *(f"{name:14}{size / GIB:9.2f} GiB a device" for name, size in lines.items()),
@@ -118,30 +121,34 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
     """
     devices = jax.devices() if topology is None else topology_devices(topology)
     mesh = sft.choose_mesh(config, devices) or (make_mesh(devices=devices[:1]) if topology else None)
+    room = capacity(devices[0])
     state = abstract_state(config, mesh, devices[0].platform)
     batch = abstract_batch(config, mesh)
     step = make_train_step(next_token_loss, accumulate=config.train.accumulate)
     traced = step.trace(state, batch)
-    began = time.perf_counter()
+    lowered = traced.lower()
     arguments = _device_bytes((state.trainable, state.frozen, state.opt_state, state.step, state.key, batch))
     collectives = None
+    began = time.perf_counter()
     try:
-        compiled = traced.lower().compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
+        seconds = time.perf_counter() - began
         exceeded = EXCEEDED.search(str(error))
         if exceeded is None:
-            raise
-        temporaries = int(float(exceeded[1]) * 1024 ** "BKMGT".index(exceeded[2]))
-        total = arguments + temporaries
+            raise RunError(f"the compiler refuses this step: {str(error).splitlines()[0]}") from error
+        total = int(float(exceeded[1]) * 1024 ** "BKMGT".index(exceeded[2]))  # arguments are in it
+        temporaries = max(0, total - arguments)
     else:
+        seconds = time.perf_counter() - began
         memory = compiled.memory_analysis()
         temporaries = memory.temp_size_in_bytes
         total = memory.argument_size_in_bytes + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
         collectives = _collectives(compiled)
-    room = capacity(devices[0])
     report = parameter_report(state)
     return Plan(
         device=devices[0].device_kind,
+        devices=len(devices),
         mesh={"data": 1, "fsdp": 1, "tensor": 1} if mesh is None else dict(mesh.shape),
         remat=state.frozen.config.remat,
         rows=config.train.batch_size,
@@ -155,7 +162,7 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         capacity_bytes=room,
         fits=total <= room,
         flops_per_step=count_flops(traced.jaxpr),
-        compile_seconds=time.perf_counter() - began,
+        compile_seconds=seconds,
         collectives=collectives,
     )
 
@@ -163,13 +170,13 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
 def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainState:
     """Return the first state of a config's run, as shapes."""
     m = config.model
-    options: dict[str, Any] = {"dtype": m.dtype, "remat": sft.choose_remat(config, platform), "mesh": mesh}
+    options: dict[str, Any] = {"dtype": sft.dtype_of(config), "remat": sft.choose_remat(config, platform), "mesh": mesh}
     if m.config is not None:
-        model: Any = abstract_model(read_shape(Path(m.config), **options))
+        model: Any = abstract_model(sft.shape_of(config, **options))
     elif RunFolder(m.source).started:
         model = load(m.source, **options, abstract=True)[0]
     else:
-        model = load_model(resolve(m.source), **options, abstract=True)
+        model = load_model(resolve(m.source, weights=False), **options, abstract=True)
     method = config.make_method()
     if method is None:
         raise RunError("method is left out: jaxft plan needs one, since it reads no run's adapter")

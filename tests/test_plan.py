@@ -7,13 +7,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxft
 from jaxft import cli
 from jaxft.config import load_config
 from jaxft.flops import count_flops
-from jaxft.parallel.topology import CAPACITY, capacity
+from jaxft.parallel.topology import CAPACITY, capacity, topology_devices
 from jaxft.plan import abstract_batch, make_plan
 from jaxft.tasks import sft
 from jaxft.testing import tiny_llama
@@ -107,12 +108,38 @@ def test_what_does_not_fit_is_an_answer(config):
     """The compiler itself gives up: temporaries of one device alone are above its memory."""
     plan = on_tpu(config(model=", remat: none"), "--set", "data.max_length=16384", "--set", "train.batch_size=64")
     assert plan["fits"] is False
-    assert plan["temporary_bytes"] > plan["capacity_bytes"]
-    assert plan["total_bytes"] > plan["temporary_bytes"]
+    assert plan["total_bytes"] > plan["capacity_bytes"]
     assert plan["collectives"] is None
+    rest = plan["total_bytes"] - plan["temporary_bytes"] - plan["parameters_bytes"] - plan["optimizer_bytes"]
+    assert 0 <= rest < 64 * 16384 * 3 * 4 + 1000  # the batch
 
 
-@pytest.mark.parametrize("topology", ["v5e:3x3", "v9:2x2", "nonsense", "v5e:"])
+def test_arguments_alone_can_be_too_much(config, tmp_path):
+    """The compiler's figure has the arguments in it: they are not counted twice."""
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "num_hidden_layers": 20000}))
+    plan = on_tpu(config(), "--set", "train.batch_size=1")
+    assert plan["fits"] is False
+    assert plan["parameters_bytes"] > plan["capacity_bytes"]
+    assert plan["total_bytes"] < 1.3 * (plan["parameters_bytes"] + plan["optimizer_bytes"])
+
+
+@pytest.mark.parametrize("kind", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x4", "v6e:2x4"])
+def test_meshes_of_every_kind(kind):
+    """One device a chip; any product of axes, whatever the grid of the slice."""
+    devices = topology_devices(kind)
+    assert len(devices) == np.prod([int(n) for n in kind.partition(":")[2].split("x")])
+    for fsdp in (1, 2, len(devices)):
+        mesh = jaxft.make_mesh(data=-1, fsdp=fsdp, devices=devices)
+        assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
+    assert 15 * 2**30 < capacity(devices[0]) < 96 * 2**30
+
+
+@pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 8}, {"data": 1, "fsdp": 2, "tensor": 8}])
+def test_a_mesh_that_is_no_part_of_the_grid(shape):
+    assert jaxft.make_mesh(**shape, devices=topology_devices("v6e:4x4")).size == 16
+
+
+@pytest.mark.parametrize("topology", ["v5e:3x3", "v9:2x2", "nonsense", "v5e:", "tpu7x:2x2x1"])
 def test_an_unknown_topology(config, topology, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["jaxft", "plan", str(config()), "--topology", topology])
     with pytest.raises(SystemExit) as ended:
@@ -123,8 +150,9 @@ def test_an_unknown_topology(config, topology, capsys, monkeypatch):
 
 def test_a_table_for_people(config):
     said = str(make_plan(load_config(config(more="mesh: {data: 1, fsdp: 8}\n"))))
-    for part in ("8 x cpu (data=1, fsdp=8, tensor=1), 8 rows x 128 tokens", f"{LORA:,} of", "to spare", "all-gather"):
+    for part in ("8 x cpu (data=1, fsdp=8, tensor=1)\n8 rows x 128 tokens", f"{LORA:,} of", "to spare", "all-gather"):
         assert part in said
+    assert "1 x cpu (data=1, fsdp=1, tensor=1), of 8 (`mesh: {data: -1}` uses" in str(make_plan(load_config(config())))
 
 
 def test_the_widest_batch_is_planned(config):
@@ -153,6 +181,36 @@ def test_a_config_that_does_not_fit(config, more, said):
 def test_rows_that_do_not_divide_are_told_by_key(config):
     with pytest.raises(jaxft.MeshError, match=r"train.batch_size 8: 2 rows of a micro-batch .* take a multiple of 32"):
         make_plan(load_config(config(more="mesh: {data: 8}\n"), ["train.accumulate=4"]))
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [("", "is a folder: give a config.json in it"), ("/no.json", "is not there")]
+)
+def test_a_shape_that_is_no_file(config, tmp_path, file, said):
+    with pytest.raises(jaxft.ConfigError, match=f"model.config: {tmp_path}{file} {said}"):
+        make_plan(load_config(config(), [f"model.config={tmp_path}{file}"]))
+
+
+def test_random_weights_take_one_shape(config, tmp_path):
+    with pytest.raises(jaxft.ConfigError, match="leave model.config out"):
+        load_config(config(), [f"model.path={tmp_path}", "model.init=random"])
+    plan = make_plan(
+        load_config(config(), [f"model.path={tmp_path}", "model.init=random", "model.config=null", "model.dtype=null"])
+    )
+    assert plan.parameters_bytes > 4 * (KERNELS + TABLES)  # float32, as train would
+
+
+def test_the_hub_is_asked_for_no_weights(config, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or str(tmp_path)
+    )
+    make_plan(load_config(config(), ["model.path=some/model", "model.config=null"]))
+    assert len(asked) == 1
+    assert "*.json" in asked[0]
+    assert "*.safetensors" not in asked[0]
 
 
 def test_a_shape_alone_cannot_be_trained(config):

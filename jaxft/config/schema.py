@@ -54,6 +54,8 @@ class Model(Section):
     def _one_of(self) -> Self:
         if self.path is None and self.config is None:
             raise wrong("it is missing (or model.config, a shape without weights, for jaxft plan)", "path")
+        if self.config is not None and self.init == "random":
+            raise wrong("random weights take the shape of model.path: leave model.config out", "config")
         return self
 
 

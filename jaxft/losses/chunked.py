@@ -1,4 +1,4 @@
-"""Cross-entropy of a head, chunk by chunk over the positions: the logits `[B, T, V]` are never formed whole.
+"""Cross-entropy of a head, chunk by chunk over the positions: the logits `[B, T, V]` are not formed whole.
 
 Each chunk's gradient is taken in the forward pass, while its logits are there, so that nothing is computed twice:
 `4 T D V` operations with a frozen head and `6 T D V` with a trained one. The frozen head's gradient is never formed.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from .entropy import IGNORED, cross_entropy
 
 LOGITS = {"cpu": 2**22}  # numbers in the logits of one chunk on one device: what a cache holds of 16 MiB
-ACCELERATOR = 2**26  # 256 MiB: hundreds of tokens at the largest vocabularies, or matrix units would idle
+ACCELERATOR = 2**24  # 64 MiB: a hundred tokens at the largest vocabularies, or matrix units would idle
 
 
 def chunked_cross_entropy(
@@ -23,14 +23,15 @@ def chunked_cross_entropy(
     """Return `sum of -log softmax(model.head(hidden))[label]` over the labels that are not -100, chunk by chunk.
 
     The value and gradients of `cross_entropy(model.head(hidden), labels, reduction="sum")`; forward-mode
-    differentiation is not defined.
+    differentiation is not defined. On a mesh a trained head takes all chunks as one for its gradient. Which dropout
+    masks a head's own adapter draws follows the chunks, and so the devices.
 
     Args:
         model: A pytree with `head(hidden, *, key) -> logits`, which maps every position by itself.
         hidden: `[B, T, D]`.
         labels: `[B, T]` int; -100 is not trained. Not shifted: label t belongs to hidden state t.
         key: Dropout key of the head, of which each chunk gets its own; None: no dropout.
-        chunk: Positions of each row in a chunk; by default as many as give 2^22 logits a device on a CPU, else 2^26.
+        chunk: Positions of each row in a chunk; by default as many as give 2^22 logits a device on a CPU, else 2^24.
 
     Returns:
         A float32 scalar, in nats.

@@ -17,7 +17,7 @@ def next_token_loss(
     """Predict each token from those before it: `sum over t of -log p(x_t | x_<t)`, where label t is not -100.
 
     The model loss of instruction tuning and of plain language modelling, as `transformers` computes it. The logits are
-    never formed whole: see `chunked_cross_entropy`.
+    not formed whole: see `chunked_cross_entropy`.
 
     Args:
         model: A model with `hidden` and `head`, a pytree.

@@ -9,6 +9,7 @@ from flax import nnx
 from ..errors import MethodError
 from ..models.causal import CausalLM
 from ..models.names import Named, named_modules
+from ..models.placement import place
 from ..models.seams import SLOTS, Context, mix
 from ..models.stack import spread
 from .linear import put, unseam
@@ -49,7 +50,7 @@ def merge(model: Any) -> Any:
     forget_adapters(fresh)
     if isinstance(fresh, CausalLM):
         fresh.config = fresh.config.replace(**fresh.config_keys())
-    return fresh
+    return place(fresh)
 
 
 def unmerge(model: Any) -> Any:
@@ -78,7 +79,7 @@ def unmerge(model: Any) -> Any:
         change = _kernel_change(n, ctx)
         if change is not None:
             _add_to_kernel(n.module, -change, fresh.tied_kernel() if isinstance(fresh, CausalLM) else None)
-    return fresh
+    return place(fresh)
 
 
 def _prepared(model: Any) -> tuple[Any, Context]:

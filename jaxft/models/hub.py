@@ -22,10 +22,10 @@ from .placement import place
 from .tensors import Tensors, read_json
 
 ALIGNMENT = 64
-NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+NEEDED = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
 
 
-def resolve(path_or_hub_id: str | Path) -> Path:
+def resolve(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     """Return the folder of a model: the one given, or a snapshot from the hub (downloaded, or from its cache)."""
     folder = Path(path_or_hub_id)
     if folder.is_dir():
@@ -36,7 +36,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=NEEDED))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=NEEDED if weights else NEEDED[:-1]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(

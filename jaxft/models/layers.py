@@ -99,10 +99,13 @@ class Embed(nnx.Module):
 
     def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
         """Look ids `[B, T]` up: `[B, T, D]`. Copies are mixed after the look-up, so a row may have its own."""
+        # On a mesh each device looks up its part of every vector, and the parts change places: the table, and its
+        # gradient, are never whole on a device.
+        ids = constrain(ids, ctx.mesh, "data", None)
 
-        def look_up(table: jax.Array) -> jax.Array:  # whole vectors are looked up, and then split by row
-            rows = constrain(table, ctx.mesh, "vocab", None)[ids]
-            return constrain(rows, ctx.mesh, "batch", None, None)
+        def look_up(table: jax.Array) -> jax.Array:
+            parts = constrain(table[ids], ctx.mesh, "data", None, "embed")
+            return constrain(parts, ctx.mesh, "batch", None, None)
 
         rows = look_up(self.embedding.get_value())
         for name, copies in (self.saved or {}).items():

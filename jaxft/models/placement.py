@@ -7,12 +7,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..errors import MeshError, refuse
 from ..parallel.rules import repeated, spec
+from .config import ModelConfig
 from .names import variables
 
 
 def mesh_of(tree: Any) -> Mesh | None:
     """Return the mesh that a model, or a part of one, lies on; None: one device."""
-    return getattr(getattr(tree, "config", None), "mesh", None)
+    config = getattr(tree, "config", None)
+    return config.mesh if isinstance(config, ModelConfig) else None
 
 
 def shardings(tree: Any, *, at_work: bool = False) -> dict[str, NamedSharding]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from ..errors import MeshError
@@ -47,4 +48,5 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
         there = f"are {len(devices)} devices" if len(devices) > 1 else "is one device"
         product = math.prod(sizes) or fixed
         raise MeshError(f"mesh {said}: its axes multiply to {product}, and there {there}; one may be -1, what is left")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)  # any shape, near neighbours where it can
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)

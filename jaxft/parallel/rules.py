@@ -79,11 +79,13 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
     Args:
         x: An activation.
         mesh: The model's mesh.
-        axes: Logical axes of all its dimensions; `"batch"` goes over `data` and `fsdp`, if it divides.
+        axes: Logical axes of all its dimensions; `"batch"` goes over `data` and `fsdp`, `"data"` over that alone; what
+            does not divide is not split.
     """
     if mesh is None:
         return x
-    places = [BATCH if axis == "batch" else RULES.get(axis or "") for axis in axes]
+    rules: dict[str, Any] = {**RULES, "batch": BATCH, "data": "data"}
+    places = [rules.get(axis or "") for axis in axes]
     sizes = [math.prod(mesh.shape[a] for a in ((p,) if isinstance(p, str) else p or ())) for p in places]
     fits = [place if n % size == 0 else None for place, n, size in zip(places, x.shape, sizes, strict=True)]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fits)))

@@ -9,7 +9,7 @@ from ..errors import MeshError, RunError
 
 GIB = 2**30
 CAPACITY = {  # GiB that a program may use of a device, as the compiler's own check says it
-    "TPU v4": 15.25,  # a core: two to a chip
+    "TPU v4": 30.75,
     "TPU v5 lite": 15.75,
     "TPU v5": 95.73,
     "TPU v6 lite": 31.24,
@@ -26,10 +26,12 @@ QUIET = {  # else libtpu asks the network, and complains of what it does not fin
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Return the devices of a TPU slice, which programs can be compiled for, and not run on.
+    """Return the devices of a TPU slice, one a chip, which programs can be compiled for, and not run on.
+
+    XLA_FLAGS is taken out of the process's environment: the TPU compiler would end it over a flag that is not its own.
 
     Args:
-        name: Kind and grid of chips: `"v5e:4x4"`, `"v6e:2x4"`, `"v5p:2x2x1"`, `"v4:2x2x1"` (whose devices are cores).
+        name: Kind and grid of chips: `"v5e:4x4"`, `"v6e:2x4"`, `"v5p:2x2x1"`, `"v4:2x2x1"`.
 
     Raises:
         MeshError: There is no such slice.
@@ -39,19 +41,28 @@ def topology_devices(name: str) -> list[Any]:
 
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
-    jax.devices()  # reads XLA_FLAGS; the TPU compiler would end the process over one that is not its own
+    jax.devices()  # reads XLA_FLAGS
     os.environ.pop("XLA_FLAGS", None)
-    one = {"chips_per_host_bounds": (1, 1, 1)} if set(name.rpartition(":")[2]) <= set("1x") else {}
+    kind, _, grid = name.partition(":")
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if set(grid) <= set("1x") else {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **one).devices)
+        devices: list[Any] = list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError, RuntimeError) as error:
         if "not installed" in str(error):
             raise RunError("the TPU compiler is not installed: pip install 'jaxft[plan]'") from None
-        reason = str(error).strip().splitlines()[0]
-        raise MeshError(
-            f"topology {name!r}: no such TPU slice ({reason}). Give kind and grid of chips, v5e:4x4 say; kinds are v4 "
-            "and v5p (grids as 2x2x1) and v5e and v6e (grids as 2x4)"
-        ) from None
+        raise _unknown(name, str(error).strip().splitlines()[0]) from None
+    if devices[0].device_kind not in CAPACITY:
+        raise _unknown(name, f"nothing is known of the memory of a {devices[0].device_kind}")
+    return devices
+
+
+def _unknown(name: str, reason: str) -> MeshError:
+    return MeshError(
+        f"topology {name!r}: no such TPU slice ({reason}). Give kind and grid of chips, v5e:4x4 say; kinds are v4 and "
+        "v5p (grids as 2x2x1) and v5e and v6e (grids as 2x4)"
+    )
 
 
 def capacity(device: Any) -> int:

@@ -133,30 +133,44 @@ def _inherited(run: RunFolder) -> Method:
 def load_base(config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None = None) -> Any:
     """Return the model that a config begins with: loaded, a run's, or random by its `config.json` alone."""
     path = config.model.source
-    options: dict[str, Any] = {"dtype": config.model.dtype, "remat": remat, "mesh": mesh}
+    options: dict[str, Any] = {"dtype": dtype_of(config), "remat": remat, "mesh": mesh}
     if run is not None:
         return load_run(run, **options)[0]
     if config.model.init == "random":
-        options["dtype"] = config.model.dtype or "float32"
         return fresh_model(read_config(resolve(path), **options, source=path), config.train.seed)
-    model = load(path, **options)[0]
     if config.model.config is not None:
-        _check_shape(model.config, read_shape(Path(config.model.config), **{**options, "dtype": model.dtype}))
-    return model
+        _check_shape(read_config(resolve(path), **options), shape_of(config, **options))
+    return load(path, **options)[0]
+
+
+def shape_of(config: Config, **options: Any) -> Any:
+    """Return the shape that `model.config` names.
+
+    Raises:
+        ConfigError: It is no file.
+    """
+    file = Path(str(config.model.config))
+    if not file.is_file():
+        what = "a folder: give a config.json in it" if file.is_dir() else "not there"
+        raise ConfigError(f"model.config: {file} is {what}")
+    return read_shape(file, **options)
 
 
 def _check_shape(loaded: Any, planned: Any) -> None:
     """Refuse weights of another shape than `model.config` says."""
-    keys = [f.name for f in dataclasses.fields(planned) if f.compare]
+    keys = [f.name for f in dataclasses.fields(planned) if f.compare and f.name != "dtype"]
+    pairs = {key: (getattr(planned, key), getattr(loaded, key, None)) for key in keys}
+    pairs["family"] = (type(planned).__name__, type(loaded).__name__)
     refuse(
         ConfigError,
         "model.config is not the shape of the weights at model.path",
-        [
-            f"{key}: {getattr(planned, key)!r} there, {getattr(loaded, key, None)!r} in the weights"
-            for key in keys
-            if getattr(planned, key) != getattr(loaded, key, None)
-        ],
+        [f"{key}: {there!r} there, {here!r} in the weights" for key, (there, here) in pairs.items() if there != here],
     )
+
+
+def dtype_of(config: Config) -> str | None:
+    """Return the dtype that a config asks for: of random weights float32 if it says nothing, else the checkpoint's."""
+    return config.model.dtype or ("float32" if config.model.init == "random" else None)
 
 
 def choose_remat(config: Config, platform: str | None = None) -> str:

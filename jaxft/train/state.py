@@ -131,11 +131,9 @@ def optimizer_shapes(tx: optax.GradientTransformation, trainable: Any) -> Any:
     if mesh is None:
         return shapes
     whole, where = repeated(mesh), shardings(trainable)
-    beside = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path]) for path, x in params.items()}
-    return optax.tree.map_params(
-        tx,
-        lambda x, p: move(x, p.sharding if x.shape == p.shape else whole),
-        shapes,
-        beside,
-        transform_non_params=lambda x: move(x, whole),
-    )
+
+    def lies(keys: Any, x: Any) -> Any:
+        path = next((key.key for key in keys if getattr(key, "key", None) in params), None)
+        return move(x, where[path] if path is not None and x.shape == params[path].shape else whole)
+
+    return jax.tree_util.tree_map_with_path(lies, shapes)

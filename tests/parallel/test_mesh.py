@@ -148,7 +148,9 @@ def test_an_adapter_on_a_mesh(tmp_path):
     assert off.adapter_weights.get_value().sharding == loaded.adapter_weights.get_value().sharding
     prompts = [[5, 6, 7], [9, 10, 11, 12, 13]]
     want = jaxft.generate_ids(plain, prompts, max_new_tokens=6)
-    for model in (loaded, jaxft.merge(loaded)):
+    merged = jaxft.merge(loaded)
+    assert all(v.sharding == shardings(merged)[p] for p, v in jaxft.leaves(merged).items())
+    for model in (loaded, merged):
         assert jaxft.generate_ids(model, prompts, max_new_tokens=6) == want
 
 

@@ -141,6 +141,35 @@ def moments(state):
     return {f"{name} {path}": x for name in ("mu", "nu") for path, x in getattr(state.opt_state[0], name).items()}
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adamw(1e-3, weight_decay=0.1, mask=jaxft.decay_mask),
+        optax.adafactor(1e-3, min_dim_size_to_factor=4),
+        optax.lion(1e-3),
+        optax.masked(optax.adam(1e-3), lambda params: dict.fromkeys(params, True)),
+        optax.MultiSteps(optax.adam(1e-3), 2),
+        optax.inject_hyperparams(optax.adam)(learning_rate=1e-3),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.contrib.muon(1e-3)),
+    ],
+    ids=["adamw", "adafactor", "lion", "masked", "multi_steps", "injected", "muon"],
+)
+def test_any_optimiser_lies_beside_its_parameters(tx):
+    state = jaxft.TrainState.create(split_over("llama", "fsdp"), METHODS["full"], tx)
+    params = {path: (x.shape, x.sharding) for path, x in jaxft.leaves(state.trainable).items()}
+    beside = 0
+    for keys, x in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]:
+        path = next((k.key for k in keys if getattr(k, "key", None) in params), None)
+        if path is not None and x.shape == params[path][0]:
+            assert x.sharding == params[path][1], keys
+            beside += 1
+        else:
+            assert x.sharding.is_fully_replicated, keys
+    assert beside >= 3
+    state, metrics = jaxft.make_train_step(next_token_loss)(state, batch())
+    assert int(metrics["skipped"]) == 0
+
+
 def compiled(mesh, method, **raw):
     config = tiny_llama(
         hidden_size=64, num_attention_heads=8, num_key_value_heads=8, intermediate_size=96, **raw
