@@ -17,12 +17,8 @@ test: $(VENV)/installed  ## the default tests: no torch, no network
 newest: $(VENV)-newest/installed  ## the quick half of the tests on Python 3.12 and the newest releases
 	$(VENV)-newest/bin/python -c 'import sys, jax, flax, numpy; print("Python", sys.version.split()[0], \
 		"jax", jax.__version__, "flax", flax.__version__, "numpy", numpy.__version__)'
-<<<<<<< HEAD
-	$(VENV)-newest/bin/python -m pytest -n auto tests/models tests/methods tests/losses tests/train tests/laws tests/parity \
+	$(VENV)-newest/bin/python -m pytest -n auto tests/models tests/methods tests/losses tests/train tests/parity \
 		tests/parallel tests/test_plan.py
-=======
-	$(VENV)-newest/bin/python -m pytest -n auto tests/models tests/methods tests/losses tests/train tests/parity
->>>>>>> part-packing
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check .
