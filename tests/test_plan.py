@@ -116,8 +116,8 @@ def test_what_does_not_fit_is_an_answer(config):
 
 def test_arguments_alone_can_be_too_much(config, tmp_path):
     """The compiler's figure has the arguments in it: they are not counted twice."""
-    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "num_hidden_layers": 20000}))
-    plan = on_tpu(config(), "--set", "train.batch_size=1")
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "intermediate_size": 4 * 2**20}))
+    plan = on_tpu(config(), "--set", "train.batch_size=1", "--set", "data.max_length=8")
     assert plan["fits"] is False
     assert plan["parameters_bytes"] > plan["capacity_bytes"]
     assert plan["total_bytes"] < 1.3 * (plan["parameters_bytes"] + plan["optimizer_bytes"])
