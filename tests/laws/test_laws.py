@@ -80,9 +80,11 @@ def test_remat_jit_and_loop_agree(family, method, monkeypatch):
     want = gradients(state, batch, loss)
 
     def loop(body, carry, xs):
+        made = []
         for i in range(len(jax.tree.leaves(xs)[0])):
-            carry, _ = body(carry, jax.tree.map(lambda a, i=i: a[i], xs))
-        return carry, None
+            carry, one = body(carry, jax.tree.map(lambda a, i=i: a[i], xs))
+            made.append(one)
+        return carry, jax.tree.map(lambda *ones: jnp.stack(ones), *made)
 
     others = {"remat": gradients(rematted, batch, loss)}
     monkeypatch.setattr(jax.lax, "scan", loop)

@@ -139,8 +139,8 @@ def test_the_model_loss_is_the_formula(make, small):
 @pytest.mark.parametrize("chunk", [1, 5, 7, 100])
 def test_any_chunk(chunk):
     model, hidden, labels = tiny_llama(), HIDDEN[:2, :7], LABELS[:2, 3:10]
-    f = jax.jit(jax.value_and_grad(lambda hidden: chunked_cross_entropy(model, hidden, labels, chunk=chunk)))
-    want = jax.value_and_grad(lambda hidden: whole(model, hidden, labels))(hidden)
+    f = jax.jit(jax.value_and_grad(lambda hidden: 2 * chunked_cross_entropy(model, hidden, labels, chunk=chunk)))
+    want = jax.value_and_grad(lambda hidden: 2 * whole(model, hidden, labels))(hidden)
     for a, b in zip(f(hidden), want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
