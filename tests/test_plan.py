@@ -192,7 +192,7 @@ def test_a_shape_that_is_no_file(config, tmp_path, file, said):
 
 
 def test_random_weights_take_one_shape(config, tmp_path):
-    with pytest.raises(jaxft.ConfigError, match="leave model.config out"):
+    with pytest.raises(jaxft.ConfigError, match="random weights take the shape of model.path"):
         load_config(config(), [f"model.path={tmp_path}", "model.init=random"])
     plan = make_plan(
         load_config(config(), [f"model.path={tmp_path}", "model.init=random", "model.config=null", "model.dtype=null"])

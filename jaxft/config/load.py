@@ -195,6 +195,12 @@ def _together(tree: dict[str, Any]) -> Iterator[tuple[Path, str]]:
     """Check what must fit across sections; on the tree, so that another fault in one of them hides nothing."""
     sections = (tree.get(key) for key in ("data", "optimizer", "train", "evaluation"))
     data, optimizer, train, evaluation = (section if isinstance(section, dict) else {} for section in sections)
+    model = tree.get("model")
+    if isinstance(model, dict):
+        if model.get("path") is None and model.get("config") is None:
+            yield ("model", "path"), "it is missing (or model.config, a shape without weights, for jaxft plan)"
+        if model.get("config") is not None and model.get("init") == "random":
+            yield ("model", "config"), "random weights take the shape of model.path: leave it out"
     warmup, steps = optimizer.get("warmup_steps"), train.get("steps")
     if type(warmup) is int and type(steps) is int and 1 <= steps <= warmup:
         yield ("optimizer", "warmup_steps"), f"{warmup} of {steps} steps: none would be left"

@@ -1,9 +1,9 @@
 """What a config may hold: every key with its type, bounds and default."""
 
 import re
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..errors import ConfigError
@@ -49,14 +49,6 @@ class Model(Section):
         if self.path is None:
             raise ConfigError("model.config is a shape without weights, for jaxft plan: set model.path to train")
         return self.path
-
-    @model_validator(mode="after")
-    def _one_of(self) -> Self:
-        if self.path is None and self.config is None:
-            raise wrong("it is missing (or model.config, a shape without weights, for jaxft plan)", "path")
-        if self.config is not None and self.init == "random":
-            raise wrong("random weights take the shape of model.path: leave model.config out", "config")
-        return self
 
 
 class Source(Section):
