@@ -129,6 +129,9 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
     lowered = traced.lower()
     arguments = _device_bytes((state.trainable, state.frozen, state.opt_state, state.step, state.key, batch))
     collectives = None
+    cached = jax.config.values["jax_enable_compilation_cache"]
+    # a program for devices that are not there can be written to a cache, and not be read from it again
+    jax.config.update("jax_enable_compilation_cache", cached and topology is None)
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -145,6 +148,8 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         temporaries = memory.temp_size_in_bytes
         total = memory.argument_size_in_bytes + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
         collectives = _collectives(compiled)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
     report = parameter_report(state)
     return Plan(
         device=devices[0].device_kind,
