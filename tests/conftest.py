@@ -1,6 +1,7 @@
 """Strict JAX for the whole suite: eight devices, no silent rank promotion, warnings are errors."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,3 +36,21 @@ def tokenizer():
     from texts import make_tokenizer
 
     return make_tokenizer()
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    """Return a function that runs a command in the `place` of a test: exit code, stdout, stderr."""
+    from jaxft import cli
+
+    monkeypatch.chdir(place)
+
+    def command(*args):
+        monkeypatch.setattr(sys, "argv", ["jaxft", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return command

@@ -12,7 +12,6 @@ import pytest
 from texts import make_tokenizer
 
 import jaxft
-from jaxft import cli
 from jaxft.config import load_config
 from jaxft.tasks.train import Job
 
@@ -91,16 +90,12 @@ def whole(place):
 
 
 @pytest.fixture
-def run(place, monkeypatch, capsys):
-    """Return a function that runs a command there, in this process: exit code, and what was said."""
-    monkeypatch.chdir(place)
+def run(run):
+    """Return a function that runs a command there, in this process: exit code, and all that was said."""
 
     def command(*args):
-        monkeypatch.setattr(sys, "argv", ["jaxft", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code or 0, "".join(capsys.readouterr())
+        code, out, err = run(*args)
+        return code, out + err
 
     return command
 

@@ -1,7 +1,6 @@
 """The command line from a config to a finished run, and everything that is done with one."""
 
 import json
-import sys
 
 import jax
 import numpy as np
@@ -44,22 +43,6 @@ def place(tmp_path_factory):
     jsonl(where / "held.jsonl", ROWS[:3])
     (where / "c.yaml").write_text(CONFIG)
     return where
-
-
-@pytest.fixture
-def run(place, monkeypatch, capsys):
-    """Return a function that runs a command there: exit code, what was printed, what was said on stderr."""
-    monkeypatch.chdir(place)
-
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["jaxft", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return command
 
 
 @pytest.fixture(scope="module")
