@@ -69,7 +69,7 @@ INSIDE = {
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing", "__init__"],
     "config": ["tree", "schema", "load", "__init__"],
     "tasks": ["__init__", "sft", "fingerprints", "train", "use"],
-    "interop": ["entries", "peft", "folder", "export", "__init__"],
+    "interop": ["entries", "peft_lora", "peft", "folder", "export", "__init__"],
     "testing": ["tiny", "laws", "__init__"],
 }
 INSIDE["methods"] += ["report", "switch", "merge"]

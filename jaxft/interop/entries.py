@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..methods.low_rank import LowRank
 from ..models.names import LEAF_NAMES, Named, named_modules
+from ..models.seams import SLOTS, Copies
 
 PREFIX = "base_model.model."
 
@@ -49,6 +51,9 @@ class Entry:
         return value[self.live] if self.live else value
 
 
+Tensors = Iterator[tuple[str, Entry]]
+
+
 def entries(model: Any, name: str, trains: Callable[[str, nnx.Variable[Any]], bool]) -> dict[str, Entry]:
     """Return the tensors of one adapter, by their names in a file.
 
@@ -59,16 +64,14 @@ def entries(model: Any, name: str, trains: Callable[[str, nnx.Variable[Any]], bo
     """
     out: dict[str, Entry] = {}
     for n in named_modules(model):
-        delta = (getattr(n.module, "delta", None) or {}).get(name)
-        copies = (getattr(n.module, "saved", None) or {}).get(name)
-        if delta is not None:
-            out.update(_low_rank(n, delta))
-        if copies is not None:
-            out.update(_copies(n, copies, set() if delta is None else set(_held(n, delta))))
+        for slot in SLOTS:
+            hung = (getattr(n.module, slot, None) or {}).get(name)
+            if hung is not None:
+                out.update(TENSORS[type(hung)](n, hung, name))
         for leaf, variable in sorted(vars(n.module).items()):
             if isinstance(variable, nnx.Param) and trains(f"{n.path}.{leaf}".lstrip("."), variable):
                 out.update(_leaf(n, leaf, variable, range(len(n.names))))
-    return {f"{PREFIX}{key}": entry for key, entry in out.items()}
+    return out
 
 
 def fill_entries(places: dict[str, Entry], read: Callable[[str], np.ndarray[Any, Any]]) -> None:
@@ -88,26 +91,33 @@ def _held(n: Named, module: Any) -> range | tuple[int, ...]:
     return range(len(n.names)) if module.layers_held is None else module.layers_held
 
 
-def _low_rank(n: Named, delta: Any) -> Iterator[tuple[str, Entry]]:
+def _low_rank(n: Named, delta: LowRank, name: str) -> Tensors:
     """A is `(r, in)` and B `(out, r)` in a file, whatever the orientation of the base's kernel."""
+    del name
     for i, layer in enumerate(_held(n, delta)):
         index = i if n.stacked else None
         live = slice(delta.ranks[i])
-        yield f"{n.names[layer]}.lora_A.weight", Entry(delta.a, index, True, (..., live))
-        yield f"{n.names[layer]}.lora_B.weight", Entry(delta.b, index, True, (..., live, slice(None)))
+        yield f"{PREFIX}{n.names[layer]}.lora_A.weight", Entry(delta.a, index, True, (..., live))
+        yield f"{PREFIX}{n.names[layer]}.lora_B.weight", Entry(delta.b, index, True, (..., live, slice(None)))
 
 
-def _copies(n: Named, copies: Any, adapted: set[int]) -> Iterator[tuple[str, Entry]]:
-    """A bias beside a low-rank pair is called `base_layer.bias`, since peft wraps the layer that it adapts."""
+def _copies(n: Named, copies: Copies, name: str) -> Tensors:
+    """A bias beside a delta is called `base_layer.bias`, since peft wraps the layer that it adapts."""
+    delta = (getattr(n.module, "delta", None) or {}).get(name)
+    adapted = set() if delta is None else {n.names[layer] for layer in _held(n, delta)}
     for leaf, variable in sorted(vars(copies).items()):
         if isinstance(variable, nnx.Param):
             for key, entry in _leaf(n, leaf, variable, _held(n, copies)):
                 module, kind = key.rsplit(".", 1)
-                wrapped = kind == "bias" and n.names.index(module) in adapted
+                wrapped = kind == "bias" and module.removeprefix(PREFIX) in adapted
                 yield f"{module}.base_layer.bias" if wrapped else key, entry
 
 
-def _leaf(n: Named, leaf: str, variable: Any, held: Any) -> Iterator[tuple[str, Entry]]:
+def _leaf(n: Named, leaf: str, variable: Any, held: Any) -> Tensors:
     transposed = leaf == "kernel" and getattr(n.module, "transposed", True)
     for i, layer in enumerate(held):
-        yield f"{n.names[layer]}.{LEAF_NAMES[leaf]}", Entry(variable, i if n.stacked else None, transposed)
+        yield f"{PREFIX}{n.names[layer]}.{LEAF_NAMES[leaf]}", Entry(variable, i if n.stacked else None, transposed)
+
+
+# What hangs in a slot, by its type: (module, what hangs, adapter's name) -> its tensors.
+TENSORS: dict[type, Callable[[Named, Any, str], Tensors]] = {LowRank: _low_rank, Copies: _copies}

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import CheckpointError, MethodError, refuse
-from ..methods import METHODS, Full, LoRA, Method
+from ..methods import METHODS, Full, Method
 from ..methods.method import adapters, copy_tree, parts_of
 from ..methods.partition import attached
 from ..methods.switch import set_adapter
 from ..models.placement import place
 from ..models.tensors import Tensors, read_json, replacing, write_tensors
 from .entries import PREFIX, Entry, entries, fill_entries
-from .peft import config_of, method_of
+from .peft import FORMATS, config_of, method_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONVERT = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
@@ -54,7 +54,7 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     if any(isinstance(part, Full) for part in parts_of(method)):
         raise MethodError("Full trains the whole model, so there is no adapter: write it with jaxft.save_model")
     places = entries(model, name, lambda path, v: method.trains(path, v, name))
-    config = config_of(method, model) if isinstance(method, LoRA) else own_config(method, model)
+    config = config_of(method, model) if type(method) in FORMATS else own_config(method, model)
     with replacing(Path(folder)) as scratch:
         write_tensors(scratch / WEIGHTS, {key: entry.read() for key, entry in places.items()})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,27 +1,37 @@
-"""`adapter_config.json` of peft's LoRA: written from our options, and read strictly back into them."""
+"""`adapter_config.json` of peft: which methods it knows, and what holds for each of them. Read strictly."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, MethodError
-from ..methods.linear import is_linear
-from ..methods.lora import ALL_LINEAR, LoRA
-from ..methods.matching import Names, find, named
+from ..methods import LoRA, Method
+from . import peft_lora
 
-READ = {
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "bias",
-    "modules_to_save",
-    "init_lora_weights",
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How peft speaks of one method.
+
+    Attributes:
+        kind: Its `peft_type`.
+        needs: Keys that a config must have.
+        reads: Keys that `method_of` reads.
+        config_of: (method, model) -> the keys of `adapter_config.json` besides those that every config has.
+        method_of: (config, path for messages) -> the method.
+    """
+
+    kind: str
+    needs: tuple[str, ...]
+    reads: set[str]
+    config_of: Callable[[Any, Any], dict[str, Any]]
+    method_of: Callable[[Mapping[str, Any], str], Method]
+
+
+FORMATS: dict[type[Method], Format] = {
+    LoRA: Format(
+        "LORA", ("r", "lora_alpha", "target_modules"), peft_lora.READ, peft_lora.config_of, peft_lora.method_of
+    ),
 }
 NEUTRAL = {  # say nothing about what the tensors compute
     "auto_mapping",
@@ -36,99 +46,39 @@ NEUTRAL = {  # say nothing about what the tensors compute
     "runtime_config",
     "task_type",
 }
-BASE_KEPT = (True, False, None, "gaussian", "orthogonal")  # initialisations that leave the base as it is
 
 
-def config_of(method: LoRA, model: Any) -> dict[str, Any]:
+def config_of(method: Method, model: Any) -> dict[str, Any]:
     """Return the `adapter_config.json` that says in peft's words what the method adapts in this model."""
-    layers = [n.module for n in (t.named for t in method.targets(model))]
-    wanted = method.target_modules
-    if wanted is None or wanted == ALL_LINEAR:
-        wanted = shortest(model, method.resolved_targets(model))
+    form = FORMATS[type(method)]
     return {
-        "alpha_pattern": dict(method.alpha_pattern),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "source", "") or None,
-        "bias": method.bias,
-        "exclude_modules": _list(method.exclude_modules),
-        "fan_in_fan_out": not all(getattr(layer, "transposed", True) for layer in layers),
         "inference_mode": True,
-        "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
-        "layers_pattern": _list(method.layers_pattern),
-        "layers_to_transform": _list(method.layers),
-        "lora_alpha": method.alpha,
-        "lora_dropout": method.dropout,
-        "modules_to_save": list(method.modules_to_save) or None,
-        "peft_type": "LORA",
-        "r": method.r,
-        "rank_pattern": dict(method.rank_pattern),
-        "target_modules": _list(wanted),
+        "peft_type": form.kind,
         "task_type": "CAUSAL_LM" if hasattr(model, "head") else None,
-        "use_dora": False,
-        "use_rslora": method.use_rslora,
+        **form.config_of(method, model),
     }
 
 
-def shortest(model: Any, names: Names) -> Names:
-    """Return the last parts of full module names, if they mean the same modules, else the names themselves."""
-    if not isinstance(names, tuple):
-        return names
-    short = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
-
-    def meant(wanted: Names) -> list[tuple[str, ...]]:
-        return [t.names for t in find(model, lambda name: named(name, wanted), is_linear)]
-
-    return short if meant(short) == meant(names) else names
-
-
-def method_of(config: Mapping[str, Any], where: str) -> LoRA:
+def method_of(config: Mapping[str, Any], where: str) -> Method:
     """Return the method that an `adapter_config.json` of peft describes.
 
     Raises:
         CheckpointError: Another kind of adapter, or an option whose effect we do not compute; each is named.
     """
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{where}: peft_type {kind!r} is not supported; LORA is")
-    for key in ("r", "lora_alpha", "target_modules"):
+    form = next((form for form in FORMATS.values() if form.kind == kind), None)
+    if form is None:
+        known = ", ".join(form.kind for form in FORMATS.values())
+        raise CheckpointError(f"{where}: peft_type {kind!r} is not supported; there are {known}")
+    for key in form.needs:
         if config.get(key) is None:
             raise CheckpointError(f"{where}: {key} is missing")
-    init = config.get("init_lora_weights")
-    if not any(init is known or init == known for known in BASE_KEPT):
-        raise CheckpointError(
-            f"{where}: init_lora_weights={init!r} changed the base model when the adapter was made, so its tensors "
-            "alone are not the adapter; save it again in peft with path_initial_model_for_weight_conversion"
-        )
-    unknown = {k: v for k, v in config.items() if k not in READ | NEUTRAL and v not in (None, False, {}, [], "")}
+    unknown = {k: v for k, v in config.items() if k not in form.reads | NEUTRAL and v not in (None, False, {}, [], "")}
     if unknown:
         listed = ", ".join(f"{k}={v!r}" for k, v in unknown.items())
         raise CheckpointError(f"{where}: options that are not supported: {listed}")
     try:
-        return _lora(config)
+        return form.method_of(config, where)
     except MethodError as error:
         raise CheckpointError(f"{where}: {error}") from None
-
-
-def _lora(config: Mapping[str, Any]) -> LoRA:
-    return LoRA(
-        r=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout") or 0.0,
-        target_modules=config["target_modules"],
-        exclude_modules=config.get("exclude_modules") or None,
-        layers=_layers(config.get("layers_to_transform")),
-        layers_pattern=config.get("layers_pattern") or None,
-        rank_pattern=config.get("rank_pattern") or (),
-        alpha_pattern=config.get("alpha_pattern") or (),
-        use_rslora=bool(config.get("use_rslora")),
-        bias=config.get("bias") or "none",
-        modules_to_save=config.get("modules_to_save") or (),
-        init="gaussian" if config.get("init_lora_weights") == "gaussian" else "default",
-    )
-
-
-def _list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _layers(value: Any) -> Any:
-    return None if value is None or value == [] else value

@@ -8,6 +8,7 @@ from flax import nnx
 
 from ..errors import MethodError
 from ..models.names import dotted, variables
+from ..models.seams import SLOTS
 from .low_rank import LowRank
 from .method import Method
 from .partition import partition
@@ -61,14 +62,11 @@ def parameter_report(model_or_state: Any, method: Method | None = None, *, name:
     counts = _counts(trainable)
     modules: dict[str, int] = {}
     for path, count in counts.items():
-        module = path.split(".delta.")[0].split(".saved.")[0].rsplit("." if _own(path) else "\0", 1)[0]
+        parts = path.split(".")
+        module = ".".join(parts[: next((i for i, part in enumerate(parts) if part in SLOTS), len(parts) - 1)])
         modules[module] = modules.get(module, 0) + count
     trained = sum(counts.values())
     return ParameterReport(trained, trained + sum(_counts(frozen).values()), modules)
-
-
-def _own(path: str) -> bool:
-    return ".delta." not in path and ".saved." not in path
 
 
 def _counts(part: Any) -> dict[str, int]:

@@ -1,9 +1,12 @@
 """The seams at which a method meets a model, and the context that is passed down to them.
 
-A module of a model has two empty slots, filled by `jaxft.methods` and keyed by the adapter's name:
+Modules of a model have empty slots, filled by `jaxft.methods` and keyed by the adapter's name:
 
-    delta   {name: module}   what the adapter adds to the module's output
-    saved   {name: Copies}   the adapter's own copies of base leaves (`modules_to_save`, `bias`)
+    delta    {name: module}   at a linear layer: what the adapter adds to its output
+    saved    {name: Copies}   at any layer: the adapter's own copies of base leaves (`modules_to_save`, `bias`)
+    join     {name: module}   where a part's output meets the residual stream: what the adapter adds there
+    past     {name: module}   at the model: keys and values put before the sequence in every layer's attention
+    prompt   {name: module}   at the model: vectors put before the embedded sequence
 
 The base's own leaves keep their paths and values whatever hangs in the slots.
 """
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-SLOTS = ("delta", "saved")
+SLOTS = ("delta", "saved", "join", "past", "prompt")
 
 
 class Delta(nnx.Param[Any]):

@@ -21,7 +21,7 @@ from ..interop.folder import load_adapter, save_adapter
 from ..losses.entropy import IGNORED
 from ..losses.language import next_token_loss
 from ..methods import METHODS, Full
-from ..methods.method import Method, adapters, attach, parts_of
+from ..methods.method import Method, adapters, attach, owner, parts_of
 from ..methods.partition import combine, leaves, partition, trainable_mask
 from ..methods.report import parameter_report
 from ..methods.switch import set_adapter
@@ -185,15 +185,11 @@ def law_saved(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) -> 
 def law_off(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) -> None:
     """With its weight at 0 a trained adapter is not there: the base's loss, exactly."""
     state = TrainState.create(model, method, TX)
-    if not adapters(state.frozen) or any(v for p, v in _base_leaves(state).items()):
+    if not adapters(state.frozen) or any(owner(path) is None for path in leaves(state.trainable)):
         return  # it trains the base itself
     state, _ = step_of(loss)(state, batch)
     off = set_adapter(state.model, None)
     assert float(summed_loss(loss, off, batch)) == float(summed_loss(loss, model, batch))
-
-
-def _base_leaves(state: TrainState) -> dict[str, bool]:
-    return {path: True for path in leaves(state.trainable) if ".delta." not in path and ".saved." not in path}
 
 
 def law_padding(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) -> None:
