@@ -19,7 +19,7 @@ from .generation.generate import generate, generate_ids
 from .interop.export import save_model
 from .interop.folder import load_adapter, save_adapter
 from .loading import load
-from .methods import BitFit, Full, LoRA, Method
+from .methods import Adapter, BitFit, Full, LoRA, Method
 from .methods.merge import merge, unmerge
 from .methods.method import adapters, attach, detach
 from .methods.partition import combine, leaves, partition, select, trainable_mask
@@ -33,6 +33,7 @@ from .train.step import make_train_step
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "BatchError",
     "BitFit",
     "CheckpointError",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..errors import MethodError
+from ..errors import MethodError, refuse
 from ..models.causal import CausalLM
 from ..models.names import Named, named_modules
 from ..models.placement import place
@@ -34,6 +34,7 @@ def merge(model: Any) -> Any:
     {}
     """
     fresh, ctx = _prepared(model)
+    _refuse_bottlenecks(fresh)
     tied = fresh.tied_kernel() if isinstance(fresh, CausalLM) else None
     for n in _adapted(fresh):
         _merge_copies(n, ctx, tied)
@@ -73,6 +74,7 @@ def unmerge(model: Any) -> Any:
     True
     """
     fresh, ctx = _prepared(model)
+    _refuse_bottlenecks(fresh)
     for n in _adapted(fresh):
         if getattr(n.module, "saved", None) is not None:
             raise MethodError(f"{n.path} was replaced by the adapter's copy: the base's own values cannot be had back")
@@ -94,6 +96,15 @@ def _prepared(model: Any) -> tuple[Any, Context]:
 
 def _adapted(model: Any) -> list[Named]:
     return [n for n in named_modules(model) if any(getattr(n.module, slot, None) is not None for slot in SLOTS)]
+
+
+def _refuse_bottlenecks(model: Any) -> None:
+    """Refuse what hangs at a join: its non-linearity is in no kernel."""
+    refuse(
+        MethodError,
+        "a bottleneck adapter cannot be folded into kernels; keep it, or take it off first with jaxft.detach",
+        [f"{n.path} has that of {name!r}" for n in _adapted(model) for name in getattr(n.module, "join", None) or {}],
+    )
 
 
 def _kernel_change(n: Named, ctx: Context) -> jax.Array | None:

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from .attention import attend
 from .cache import Cache
 from .config import ModelConfig, activation, layer_windows, refuse_unsupported
-from .layers import RMSNorm
+from .layers import Join, RMSNorm
 from .llama import PROBABILITIES, LlamaAttention, LlamaConfig, LlamaForCausalLM, LlamaMLP, LlamaModel
 from .qwen import norm_heads
 from .rope import Rope
@@ -182,13 +182,16 @@ class Gemma2Layer(nnx.Module):
         self.post_attention_layernorm = GemmaRMSNorm(d, eps)
         self.pre_feedforward_layernorm = GemmaRMSNorm(d, eps)
         self.post_feedforward_layernorm = GemmaRMSNorm(d, eps)
+        self.attention_adapters, self.output_adapters = Join("attention", d), Join("output", d)
 
     def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """Map `[B, T, D]` to `[B, T, D]`."""
-        y, cache = self.self_attn(self.input_layernorm(x, ctx), ctx, cache)
-        x = x + self.post_attention_layernorm(y, ctx)
-        y = self.mlp(self.pre_feedforward_layernorm(x, ctx), ctx)
-        return x + self.post_feedforward_layernorm(y, ctx), cache
+        normed = self.input_layernorm(x, ctx)
+        y, cache = self.self_attn(normed, ctx, cache)
+        x = self.attention_adapters(x, self.post_attention_layernorm(y, ctx), normed, ctx)
+        normed = self.pre_feedforward_layernorm(x, ctx)
+        y = self.post_feedforward_layernorm(self.mlp(normed, ctx), ctx)
+        return self.output_adapters(x, y, normed, ctx), cache
 
 
 class Gemma3Layer(Gemma2Layer):

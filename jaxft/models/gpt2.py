@@ -13,7 +13,7 @@ from .attention import attend
 from .cache import Cache
 from .causal import CausalLM
 from .config import ModelConfig, activation, refuse_unsupported
-from .layers import ACTIVATIONS, Embed, LayerNorm, Linear, dropout
+from .layers import ACTIVATIONS, Embed, Join, LayerNorm, Linear, dropout
 from .seams import Context, number
 from .stack import run, stacked
 
@@ -108,14 +108,18 @@ class GPT2Block(nnx.Module):
         self.attn = GPT2Attention(config, rngs=rngs)
         self.ln_2 = LayerNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mlp = GPT2MLP(config, rngs=rngs)
+        self.attention_adapters = Join("attention", config.hidden_size)
+        self.output_adapters = Join("output", config.hidden_size)
         self.rate = config.resid_pdrop
 
     def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """Map `[B, T, D]` to `[B, T, D]`."""
-        y, cache = self.attn(self.ln_1(x, ctx), ctx, cache)
-        x = x + dropout(y, self.rate, ctx.key_for(ATTENTION))
-        y = self.mlp(self.ln_2(x, ctx), ctx)
-        return x + dropout(y, self.rate, ctx.key_for(MLP)), cache
+        normed = self.ln_1(x, ctx)
+        y, cache = self.attn(normed, ctx, cache)
+        x = self.attention_adapters(x, dropout(y, self.rate, ctx.key_for(ATTENTION)), normed, ctx)
+        normed = self.ln_2(x, ctx)
+        y = dropout(self.mlp(normed, ctx), self.rate, ctx.key_for(MLP))
+        return self.output_adapters(x, y, normed, ctx), cache
 
 
 class GPT2Model(nnx.Module):

@@ -90,6 +90,41 @@ class Linear(nnx.Module):
         return add_deltas(self, x, y, ctx)
 
 
+class Join(nnx.Module):
+    """Where a part's output meets the residual stream, with the seam `join`: `residual + output + sum_n w_n delta_n`.
+
+    A layer names its two as the adapters library does, `attention_adapters` and `output_adapters`.
+
+    Args:
+        site: `"attention"` or `"output"` (after the feed-forward): what the part is.
+        features: Width of the stream.
+    """
+
+    def __init__(self, site: str, features: int):
+        self.site, self.features = site, features
+        self.join: Any = nnx.data(None)
+
+    def __call__(
+        self, residual: jax.Array, output: jax.Array, normed: jax.Array, ctx: Context, norm: Any = None
+    ) -> jax.Array:
+        """Add a part's output to the stream.
+
+        Args:
+            residual: The stream before the part, `[B, T, D]`.
+            output: What the part made of it, after its dropout and its own last norm, `[B, T, D]`.
+            normed: What the part read, `[B, T, D]`: the normed stream; in a post-norm block the stream itself.
+            ctx: Weights, names and dropout key.
+            norm: In a post-norm block the norm that the sum goes through next; the block itself applies it.
+
+        Returns:
+            `[B, T, D]`; where nothing hangs here exactly `residual + output`.
+        """
+        joined = residual + output
+        for name, delta in (self.join or {}).items():
+            joined = joined + delta(residual, output, normed, ctx, ctx.weight(name), norm)
+        return joined
+
+
 class Embed(nnx.Module):
     """A table of vectors; `attend` uses it as an output head."""
 

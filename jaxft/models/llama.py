@@ -11,7 +11,7 @@ from .attention import attend, slide
 from .cache import Cache
 from .causal import CausalLM
 from .config import ModelConfig, activation
-from .layers import ACTIVATIONS, Embed, Linear, RMSNorm
+from .layers import ACTIVATIONS, Embed, Join, Linear, RMSNorm
 from .rope import Rope, rotate
 from .seams import Context, number
 from .stack import run, stacked
@@ -122,12 +122,16 @@ class LlamaLayer(nnx.Module):
         self.mlp = LlamaMLP(config, rngs=rngs)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_adapters = Join("attention", config.hidden_size)
+        self.output_adapters = Join("output", config.hidden_size)
 
     def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """Map `[B, T, D]` to `[B, T, D]`."""
-        y, cache = self.self_attn(self.input_layernorm(x, ctx), ctx, cache)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x, ctx), ctx), cache
+        normed = self.input_layernorm(x, ctx)
+        y, cache = self.self_attn(normed, ctx, cache)
+        x = self.attention_adapters(x, y, normed, ctx)
+        normed = self.post_attention_layernorm(x, ctx)
+        return self.output_adapters(x, self.mlp(normed, ctx), normed, ctx), cache
 
 
 class LlamaModel(nnx.Module):
