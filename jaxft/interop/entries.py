@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..methods.bottleneck import Bottleneck
 from ..methods.low_rank import LowRank
 from ..models.names import LEAF_NAMES, Named, named_modules
 from ..models.seams import SLOTS, Copies
@@ -101,6 +102,21 @@ def _low_rank(n: Named, delta: LowRank, name: str) -> Tensors:
         yield f"{PREFIX}{n.names[layer]}.lora_B.weight", Entry(delta.b, index, True, (..., live, slice(None)))
 
 
+def _bottleneck(n: Named, hung: Bottleneck, name: str) -> Tensors:
+    """As the adapters library calls them, without the adapter's name."""
+    del name
+    leaves = {
+        "adapter_down.0.weight": (hung.down.kernel, True),
+        "adapter_down.0.bias": (hung.down.bias, False),
+        "adapter_up.weight": (hung.up.kernel, True),
+        "adapter_up.bias": (hung.up.bias, False),
+        **({} if hung.scale is None else {"scaling": (hung.scale, False)}),
+    }
+    for i, layer in enumerate(_held(n, hung)):
+        for leaf, (variable, transposed) in leaves.items():
+            yield f"{PREFIX}{n.names[layer]}.{leaf}", Entry(variable, i if n.stacked else None, transposed)
+
+
 def _copies(n: Named, copies: Copies, name: str) -> Tensors:
     """A bias beside a delta is called `base_layer.bias`, since peft wraps the layer that it adapts."""
     delta = (getattr(n.module, "delta", None) or {}).get(name)
@@ -120,4 +136,8 @@ def _leaf(n: Named, leaf: str, variable: Any, held: Any) -> Tensors:
 
 
 # What hangs in a slot, by its type: (module, what hangs, adapter's name) -> its tensors.
-TENSORS: dict[type, Callable[[Named, Any, str], Tensors]] = {LowRank: _low_rank, Copies: _copies}
+TENSORS: dict[type, Callable[[Named, Any, str], Tensors]] = {
+    LowRank: _low_rank,
+    Copies: _copies,
+    Bottleneck: _bottleneck,
+}

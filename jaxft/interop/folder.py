@@ -1,4 +1,4 @@
-"""Adapter folders: a peft folder where peft knows the method, else one of the same look that only jaxft reads."""
+"""Adapter folders: peft's or the adapters library's where they know the method, else one that only jaxft reads."""
 
 import dataclasses
 import json
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import CheckpointError, MethodError, refuse
-from ..methods import METHODS, Full, Method
+from ..methods import METHODS, Adapter, Full, Method
 from ..methods.method import adapters, copy_tree, parts_of
 from ..methods.partition import attached
 from ..methods.switch import set_adapter
 from ..models.placement import place
 from ..models.tensors import Tensors, read_json, replacing, write_tensors
+from . import adapters as library
 from .entries import PREFIX, Entry, entries, fill_entries
 from .peft import FORMATS, config_of, method_of
 
@@ -25,9 +26,10 @@ CONVERT = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
 def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = None) -> Path:
     """Write an adapter: what its method trains, and nothing else.
 
-    Of `LoRA` the folder is peft's, and `peft.PeftModel.from_pretrained` gives the same numbers. For what peft does not
-    know (BitFit, compositions) it looks the same, names the method, and only `load_adapter` reads it. On an error the
-    folder's old files stay.
+    Of `LoRA` the folder is peft's, and `peft.PeftModel.from_pretrained` gives the same numbers. Of `Adapter` it is the
+    adapters library's, where that has the family (GPT-2, Llama, Mistral) and the option: read it there with
+    `model.load_adapter(folder, use_safetensors=True)`. For what neither knows (BitFit, compositions) it looks as
+    peft's, names the method, and only `load_adapter` reads it. On an error the folder's old files stay.
 
     Args:
         model_or_state: A `TrainState`, or a model that carries the adapter.
@@ -54,15 +56,21 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     if any(isinstance(part, Full) for part in parts_of(method)):
         raise MethodError("Full trains the whole model, so there is no adapter: write it with jaxft.save_model")
     places = entries(model, name, lambda path, v: method.trains(path, v, name))
-    config = config_of(method, model) if type(method) in FORMATS else own_config(method, model)
+    weights = WEIGHTS
+    if isinstance(method, Adapter) and library.expresses(method, model):
+        weights, config, places = library.WEIGHTS, library.config_of(method, model, name), library.renamed(places, name)
+    else:
+        config = config_of(method, model) if type(method) in FORMATS else own_config(method, model)
     with replacing(Path(folder)) as scratch:
-        write_tensors(scratch / WEIGHTS, {key: entry.read() for key, entry in places.items()})
+        write_tensors(scratch / weights, {key: entry.read() for key, entry in places.items()})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for old in {WEIGHTS, library.WEIGHTS} - {weights}:
+        (Path(folder) / old).unlink(missing_ok=True)  # of an earlier adapter, which the new config does not describe
     return Path(folder)
 
 
 def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> Any:
-    """Return a new model with an adapter from a folder of jaxft's or of peft's.
+    """Return a new model with an adapter from a folder of jaxft's, of peft's or of the adapters library's.
 
     It becomes active if no other adapter is; else it waits for `set_adapter`. Nothing of the others changes.
 
@@ -90,13 +98,22 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         raise CheckpointError(f"{folder}: no such folder; give the one that holds {CONFIG}")
     config = read_json(folder / CONFIG)
     where = str(folder / CONFIG)
-    method = own_method(config, where) if "jaxft_method" in config else method_of(config, where)
+    theirs = library.is_folder(config)
+    if theirs:
+        method: Method = library.method_of(config, model, where)
+    else:
+        method = own_method(config, where) if "jaxft_method" in config else method_of(config, where)
     if name in adapters(model):
         raise MethodError(f"the model already has an adapter {name!r}: give another name, or jaxft.detach it first")
     fresh = copy_tree(attached(model, method, name=name))
     places = entries(fresh, name, lambda path, v: method.trains(path, v, name))
-    with Tensors(folder, WEIGHTS, CONVERT) as tensors:
-        check_tensors(tensors, places, fresh)
+    weights, convert = (library.WEIGHTS, library.CONVERT) if theirs else (WEIGHTS, CONVERT)
+    with Tensors(folder, weights, convert) as tensors:
+        if theirs:
+            places = library.renamed(places, config["name"])
+            library.check_names(tensors, config["name"], where)
+            library.check_head(folder, fresh)
+        check_tensors(tensors, places, fresh, folder / weights)
         fill_entries(places, tensors.read)
     fresh = place(fresh)
     if name not in adapters(fresh):
@@ -106,13 +123,13 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
     return set_adapter(fresh, jnp.concatenate([old, mine], -1))
 
 
-def check_tensors(tensors: Tensors, places: dict[str, Entry], model: Any) -> None:
+def check_tensors(tensors: Tensors, places: dict[str, Entry], model: Any, file: Path) -> None:
     """Refuse an adapter file whose tensors are not those of its config and this base."""
     repeated = {k: base for k in tensors.shapes if (base := _repeated(k, model)) is not None and k not in places}
     shapes = tensors.shapes
     refuse(
         CheckpointError,
-        f"{tensors.folder / WEIGHTS} does not fit its {CONFIG} and this base model",
+        f"{file} does not fit its {CONFIG} and this base model",
         [
             f"{k} is {shapes[k]} in the file, {e.shape} in this model"
             for k, e in places.items()
@@ -126,7 +143,7 @@ def check_tensors(tensors: Tensors, places: dict[str, Entry], model: Any) -> Non
     poisoned = {k: n for k in places if (n := tensors.non_finite(k))}
     refuse(
         CheckpointError,
-        f"{tensors.folder / WEIGHTS}: damaged weights",
+        f"{file}: damaged weights",
         [f"{k} has {n} values that are NaN or infinite" for k, n in poisoned.items()],
     )
 

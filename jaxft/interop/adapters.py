@@ -1,0 +1,188 @@
+"""Folders of the adapters library (1.3.0) for its bottleneck adapters, written from our options and read back.
+
+Beside `adapter_config.json` the library can write a copy of the model's head (`head_config.json` and
+`model_head.safetensors`). It is not loaded: one that is the base's own changes nothing, another is refused.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointError, MethodError, refuse
+from ..methods import Adapter
+from ..methods.adapter import SITES
+from ..models.tensors import Tensors
+from .entries import PREFIX, Entry
+
+WEIGHTS, HEAD = "adapter.safetensors", "model_head"
+CONVERT = "model.load_adapter(folder); model.save_adapter(new_folder, name, with_head=False, use_safetensors=True)"
+FAMILIES = ("gpt2", "llama", "mistral")  # in the library itself; others it reaches by hooks at other places
+
+KINDS: dict[str, dict[str, Any]] = {
+    "pfeiffer": {"mh_adapter": False, "output_adapter": True, "is_parallel": False, "original_ln_before": True},
+    "houlsby": {"mh_adapter": True, "output_adapter": True, "is_parallel": False, "original_ln_before": False},
+    "parallel": {"mh_adapter": False, "output_adapter": True, "is_parallel": True, "original_ln_before": False},
+}
+ABSENT = {"is_parallel": False, "original_ln_before": False}  # what a key means that is not there
+ONLY = {  # other values compute what we do not
+    "original_ln_after": True,
+    "residual_before_ln": True,
+    "ln_before": False,
+    "ln_after": False,
+    "use_gating": False,
+    "cross_adapter": False,
+    "phm_layer": False,
+    "inv_adapter": None,
+    "stochastic_depth": 0.0,
+}
+READ = {"reduction_factor", "non_linearity", "scaling", "init_weights", "dropout", "leave_out"}
+NEUTRAL = {  # say nothing about what the tensors compute, where ONLY holds
+    *("adapter_residual_before_ln", "init_weights_seed", "inv_adapter_reduction_factor", "phm_dim", "phm_rank"),
+    *("factorized_phm_W", "factorized_phm_rule", "shared_W_phm", "shared_phm_rule", "phm_c_init", "phm_init_range"),
+    *("learn_phm", "hypercomplex_nonlinearity", "phm_bias"),
+}
+OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # in configs without a version
+
+
+def expresses(method: Adapter, model: Any) -> bool:
+    """Tell whether the library has these options, on this family, so that a folder of its kind can say them."""
+    return method.parallel_input == "residual" and getattr(model, "model_type", None) in FAMILIES
+
+
+def is_folder(config: Mapping[str, Any]) -> bool:
+    """Tell whether an `adapter_config.json` is the library's."""
+    return "peft_type" not in config and "config" in config
+
+
+def config_of(method: Adapter, model: Any, name: str) -> dict[str, Any]:
+    """Return the `adapter_config.json` that says in the library's words what the method adapts in this model."""
+    width, factor = model.config.hidden_size, method.reduction_factor
+    if method.size is not None:  # half a unit off where it does not divide, so that no rounding meets the floor
+        factor = width // method.size if width % method.size == 0 else width / (method.size + 0.5)
+    scale = method.scale if method.scale == "learned" else float(method.scale or 0)
+    depth = model.config.num_hidden_layers
+    options = {
+        **KINDS[method.kind],
+        **ONLY,
+        "reduction_factor": factor,
+        "non_linearity": method.non_linearity,
+        "scaling": scale,
+        "init_weights": "bert" if method.init == "bert" else "mam_adapter",
+        "dropout": float(method.dropout),
+        "leave_out": [] if method.layers is None else [i for i in range(depth) if i not in method.layers],
+    }
+    return {
+        "config": options,
+        "hidden_size": width,
+        "model_class": type(model).__name__,
+        "model_name": model.config.source or None,
+        "model_type": model.model_type,
+        "name": name,
+        "version": "adapters.1.3.0",
+    }
+
+
+def method_of(config: Mapping[str, Any], model: Any, where: str) -> Adapter:
+    """Return the method that an `adapter_config.json` of the library describes, on this model.
+
+    Raises:
+        CheckpointError: Another kind of adapter, or options whose effect we do not compute; each is named.
+    """
+    options, name = config["config"], config.get("name")
+    if not isinstance(options, dict) or options.get("architecture") is not None:
+        what = options.get("architecture") if isinstance(options, dict) else options
+        raise CheckpointError(f"{where}: config {what!r} is not supported; bottleneck adapters with options are")
+    refuse(CheckpointError, f"{where}: not a bottleneck adapter that we compute", _problems(options, name))
+    parallel = bool(options.get("is_parallel"))
+    kind = "parallel" if parallel else "houlsby" if options["mh_adapter"] else "pfeiffer"
+    activation = options["non_linearity"]
+    if "version" not in config:
+        activation = OLD_NAMES.get(activation, activation)
+    left_out, layers = options.get("leave_out") or [], None
+    if left_out:
+        depth = max(len(target.names) for target in Adapter(kind=kind).targets(model))
+        absent = sorted(set(left_out) - set(range(depth)))
+        if absent:
+            raise CheckpointError(f"{where}: leave_out names layers {absent}, this model has {depth}")
+        layers = tuple(i for i in range(depth) if i not in left_out)
+    try:
+        return Adapter(
+            kind=kind,
+            reduction_factor=options["reduction_factor"],
+            non_linearity=activation.lower(),
+            scale=options.get("scaling", 1.0),
+            init="bert" if options.get("init_weights", "bert") == "bert" else "default",
+            dropout=options.get("dropout", 0.0),
+            layers=layers,
+        )
+    except MethodError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _problems(options: Mapping[str, Any], name: Any) -> Iterable[str]:
+    if not isinstance(name, str) or not name:
+        yield f"name={name!r}: the adapter's name is a text, as it stands in the names of its tensors"
+    needed = [
+        key for key in ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity") if key not in options
+    ]
+    for key in needed:
+        yield f"{key} is missing"
+    asked = {**ABSENT, **options}
+    keys = ["mh_adapter", "output_adapter", "is_parallel"]
+    keys += [] if asked["is_parallel"] else ["original_ln_before"]  # which a parallel one does not look at
+    if not needed and not any(all(asked[k] == kind[k] for k in keys) for kind in KINDS.values()):
+        said = ", ".join(f"{k}={asked[k]!r}" for k in keys)
+        yield f"{said}: there are those of {', '.join(SITES)}"
+    for key, value in ONLY.items():
+        if options.get(key, value) != value:
+            yield f"{key}={options[key]!r} is not supported, only {value!r} is"
+    for key in sorted(set(options) - {*KINDS["pfeiffer"], *ONLY, *READ, *NEUTRAL, "architecture"}):
+        yield f"{key}={options[key]!r} is not known"
+    if not isinstance(options.get("non_linearity", ""), str):
+        yield f"non_linearity={options['non_linearity']!r}: the name of an activation is expected"
+    if isinstance(options.get("reduction_factor"), dict):
+        yield f"reduction_factor={options['reduction_factor']!r}: one number for all layers is supported"
+    left_out = options.get("leave_out") or []
+    if not isinstance(left_out, list) or not all(isinstance(i, int) for i in left_out):
+        yield f"leave_out={left_out!r}: indices of layers are expected"
+
+
+def renamed(places: Mapping[str, Entry], name: str) -> dict[str, Entry]:
+    """Return the entries by the library's names: the adapter's own name stands in each."""
+    return {
+        re.sub(r"(_adapters)\.", rf"\1.adapters.{name}.", k.removeprefix(PREFIX), count=1): e for k, e in places.items()
+    }
+
+
+def check_names(tensors: Tensors, name: str, where: str) -> None:
+    """Refuse a file whose tensors are another adapter's: the library would load none of them, and say nothing."""
+    found = {m[1] for key in tensors.shapes if (m := re.search(r"_adapters\.adapters\.([^.]+)\.", key))}
+    if found and name not in found:
+        raise CheckpointError(
+            f"{where}: the config's name is {name!r}, the tensors of {WEIGHTS} are of {', '.join(sorted(found))}; "
+            "give both the same name"
+        )
+
+
+def check_head(folder: Path, model: Any) -> None:
+    """Refuse a head beside the adapter that is not the base's own, since it is not loaded."""
+    hint = "save the adapter without it: model.save_adapter(folder, name, with_head=False, use_safetensors=True)"
+    if not (folder / f"{HEAD}.safetensors").is_file():
+        if (folder / f"pytorch_{HEAD}.bin").is_file():
+            raise CheckpointError(f"{folder} has pytorch_{HEAD}.bin, a head in a pickle, which is not read; {hint}")
+        return
+    with Tensors(folder, f"{HEAD}.safetensors", CONVERT) as tensors:
+        for key in tensors.shapes:
+            own = _head_kernel(model) if key == "lm_head.weight" else None
+            if own is None or own.shape != tensors.shapes[key] or not np.array_equal(own, tensors.read(key)):
+                raise CheckpointError(f"{folder}: {HEAD}.safetensors has {key}, which is not the base's own; {hint}")
+
+
+def _head_kernel(model: Any) -> Any:
+    head = getattr(model, "lm_head", None)
+    if head is None:
+        return None
+    return np.asarray(model.tied_kernel() if head.kernel is None else head.kernel.get_value()).T

@@ -1,0 +1,83 @@
+"""The other direction of test_golden_adapters.py: folders that jaxft writes, loaded by the adapters library.
+
+The library (1.3.0, with transformers 4.57) cannot stand beside transformers 5, so this takes two environments and is
+no test of the suite. From the root of the repository:
+
+    JAX_PLATFORMS=cpu PYTHONPATH=. .venv-parity/bin/python tests/parity/check_adapters.py make FOLDER
+    PYTHON_WITH_ADAPTERS tests/parity/check_adapters.py check FOLDER
+
+The second prints, for each folder, the largest difference of the logits at real tokens, and fails above 1e-5, or where
+a tensor was missing or left over.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+FAMILIES = ("llama", "gpt2")
+CASES = {
+    "pfeiffer": {},
+    "pfeiffer-learned": {"scale": "learned", "size": 5, "non_linearity": "gelu"},
+    "houlsby": {"kind": "houlsby", "size": 4},
+    "houlsby-layer": {"kind": "houlsby", "layers": (1,), "reduction_factor": 4.5, "init": "bert"},
+    "parallel": {"kind": "parallel"},
+    "parallel-learned": {"kind": "parallel", "scale": "learned", "size": 9, "layers": (0,), "dropout": 0.1},
+}
+
+
+def batch():
+    """Whole, padded right, padded left."""
+    ids = np.random.default_rng(0).integers(3, 64, (3, 12))
+    mask = np.ones_like(ids)
+    mask[1, 8:], mask[2, :4] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
+
+
+def make(root):
+    import optax
+
+    import jaxft
+
+    for family in FAMILIES:
+        base = jaxft.testing.tiny_llama() if family == "llama" else jaxft.testing.tiny_gpt2()
+        jaxft.save_model(base, root / family)
+        inputs = {k: v for k, v in batch().items() if k != "position_ids"}
+        for case, options in CASES.items():
+            state = jaxft.TrainState.create(base, jaxft.Adapter(**options), optax.adam(0.1))
+            step = jaxft.make_train_step(jaxft.losses.next_token_loss)
+            for _ in range(3):
+                state, _ = step(
+                    state, {**inputs, "labels": np.where(inputs["attention_mask"], inputs["input_ids"], -100)}
+                )
+            folder = jaxft.save_adapter(state, root / f"{family}-{case}")
+            np.savez(folder / "logits.npz", adapted=state.model(**inputs), base=base(**inputs))
+
+
+def check(root):
+    import adapters
+    import torch
+    import transformers
+
+    print("adapters", adapters.__version__, "transformers", transformers.__version__)
+    inputs, real, seen, worst = batch(), batch()["attention_mask"][..., None], 0, 0.0
+    for family in FAMILIES:
+        for case in CASES:
+            folder, found = root / f"{family}-{case}", {}
+            model = transformers.AutoModelForCausalLM.from_pretrained(root / family).float().eval()
+            adapters.init(model)
+            name = model.load_adapter(str(folder), use_safetensors=True, loading_info=found, set_active=True)
+            assert not found["missing_keys"] and not found["unexpected_keys"], found
+            with torch.no_grad():
+                logits = model(**{k: torch.tensor(v) for k, v in inputs.items()}).logits.numpy()
+            want = np.load(folder / "logits.npz")
+            apart, effect = (np.abs((logits - want[key]) * real).max() for key in ("adapted", "base"))
+            print(f"{family:6} {case:17} adapter {name!r}: {apart:.1e} from jaxft, {effect:.2f} from the base")
+            assert apart < 1e-5 and effect > 0.1
+            seen, worst = seen + 1, max(worst, apart)
+    assert seen == len(FAMILIES) * len(CASES)
+    print(f"{seen} folders, at most {worst:.1e} apart")
+
+
+if __name__ == "__main__":
+    {"make": make, "check": check}[sys.argv[1]](Path(sys.argv[2]))
