@@ -25,9 +25,10 @@ CONVERT = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
 def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = None) -> Path:
     """Write an adapter: what its method trains, and nothing else.
 
-    Of `LoRA` the folder is peft's, and `peft.PeftModel.from_pretrained` gives the same numbers. For what peft does not
-    know (BitFit, compositions) it looks the same, names the method, and only `load_adapter` reads it. On an error the
-    folder's old files stay.
+    Where peft knows the method (LoRA, prefixes, prompts) the folder is peft's, and `peft.PeftModel.from_pretrained`
+    gives the same numbers. What peft would lose (the encoder that makes a prompt) stands beside it, for `load_adapter`
+    alone. For what peft does not know (BitFit, compositions) the folder looks the same, names the method, and only
+    `load_adapter` reads it. On an error the folder's old files stay.
 
     Args:
         model_or_state: A `TrainState`, or a model that carries the adapter.
@@ -54,7 +55,9 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     if any(isinstance(part, Full) for part in parts_of(method)):
         raise MethodError("Full trains the whole model, so there is no adapter: write it with jaxft.save_model")
     places = entries(model, name, lambda path, v: method.trains(path, v, name))
-    config = config_of(method, model) if type(method) in FORMATS else own_config(method, model)
+    form, config = FORMATS.get(type(method)), own_config(method, model)
+    if form is not None and form.says(method):
+        config = {**(config if form.lacks(method) else {}), **config_of(method, model)}
     with replacing(Path(folder)) as scratch:
         write_tensors(scratch / WEIGHTS, {key: entry.read() for key, entry in places.items()})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -90,7 +93,7 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         raise CheckpointError(f"{folder}: no such folder; give the one that holds {CONFIG}")
     config = read_json(folder / CONFIG)
     where = str(folder / CONFIG)
-    method = own_method(config, where) if "jaxft_method" in config else method_of(config, where)
+    method = (own_method(config, where) if "jaxft_method" in config else method_of(config, where)).loaded()
     if name in adapters(model):
         raise MethodError(f"the model already has an adapter {name!r}: give another name, or jaxft.detach it first")
     fresh = copy_tree(attached(model, method, name=name))
