@@ -19,7 +19,7 @@ from .generation.generate import generate, generate_ids
 from .interop.export import save_model
 from .interop.folder import load_adapter, save_adapter
 from .loading import load
-from .methods import Adapter, BitFit, Full, LoRA, Method
+from .methods import Adapter, BitFit, Full, LoRA, Method, PrefixTuning, PromptTuning, PTuning, PTuningV2
 from .methods.merge import merge, unmerge
 from .methods.method import adapters, attach, detach
 from .methods.partition import combine, leaves, partition, select, trainable_mask
@@ -47,8 +47,12 @@ __all__ = [
     "Method",
     "MethodError",
     "OptimizerError",
+    "PTuning",
+    "PTuningV2",
     "ParameterReport",
     "PartitionError",
+    "PrefixTuning",
+    "PromptTuning",
     "RunError",
     "SelectionError",
     "TrainState",

@@ -40,6 +40,7 @@ MODELS = [
     "stack",
     "config",
     "rope",
+    "virtual",
     "causal",
     "gpt2",
     "llama",
@@ -63,6 +64,12 @@ INSIDE = {
         "bitfit",
         "lora",
         "adapter",
+        "encoders",
+        "virtual",
+        "prefix_tuning",
+        "prompt_tuning",
+        "p_tuning",
+        "p_tuning_v2",
         "__init__",
         "partition",
     ],
@@ -71,7 +78,7 @@ INSIDE = {
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing", "__init__"],
     "config": ["tree", "schema", "load", "__init__"],
     "tasks": ["__init__", "sft", "fingerprints", "train", "use"],
-    "interop": ["entries", "adapters", "peft_lora", "peft", "folder", "export", "__init__"],
+    "interop": ["entries", "adapters", "peft_lora", "peft_virtual", "peft", "folder", "export", "__init__"],
     "testing": ["tiny", "laws", "__init__"],
 }
 INSIDE["methods"] += ["report", "switch", "merge"]
@@ -141,6 +148,7 @@ def test_public_names():
         ),
         *("adapters", "attach", "combine", "decay_mask", "detach", "generate", "generate_ids", "leaves", "load"),
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
+        *("PTuning", "PTuningV2", "PrefixTuning", "PromptTuning"),
         *("save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
     }
 

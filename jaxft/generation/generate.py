@@ -98,7 +98,7 @@ def generate_ids(
     if max_new_tokens == 0:
         return [[] for _ in prompts]
     width, room, rows = _bucket(max(map(len, prompts))), _bucket(max_new_tokens), len(prompts)
-    positions = getattr(model.config, "n_positions", None)
+    positions = model.positions_left()
     if positions is not None:
         width, room = min(width, positions), min(room, positions)
     ids, valid = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
@@ -199,10 +199,13 @@ def _check(model: Any, prompts: Any, new: int, temperature: float, top_k: int, t
             f"temperature={temperature}, top_k={top_k}, top_p={top_p}: temperature and top_k are at least 0, "
             "top_p is above 0 and at most 1"
         )
-    positions = getattr(model.config, "n_positions", None)
+    positions = model.positions_left()
     longest = max(map(len, prompts))
     if positions is not None and longest + new > positions:
-        raise GenerationError(f"a prompt of {longest} tokens and {new} new ones: this model has {positions} positions")
+        raise GenerationError(
+            f"a prompt of {longest} tokens and {new} new ones: this model has {positions} positions"
+            + (" beside those of its virtual tokens" if positions < model.config.n_positions else "")
+        )
 
 
 def _bucket(n: int) -> int:

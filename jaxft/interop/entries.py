@@ -4,14 +4,17 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..errors import CheckpointError
 from ..methods.bottleneck import Bottleneck
+from ..methods.encoders import Virtual
 from ..methods.low_rank import LowRank
-from ..models.names import LEAF_NAMES, Named, named_modules
-from ..models.seams import SLOTS, Copies
+from ..models.names import LEAF_NAMES, Named, named_modules, variables
+from ..models.seams import SLOTS, Context, Copies
 
 PREFIX = "base_model.model."
 
@@ -52,6 +55,26 @@ class Entry:
         return value[self.live] if self.live else value
 
 
+@dataclasses.dataclass(frozen=True)
+class Made(Entry):
+    """A tensor that a module makes from its leaves: written for peft, checked and not needed where it is read.
+
+    Attributes:
+        make: Returns its value.
+    """
+
+    make: Callable[[], jax.Array] = dataclasses.field(kw_only=True)
+
+    def read(self) -> np.ndarray[Any, Any]:
+        """Return the tensor as the file holds it."""
+        return np.asarray(self.make(), np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in the file."""
+        return jax.eval_shape(self.make).shape
+
+
 Tensors = Iterator[tuple[str, Entry]]
 
 
@@ -76,9 +99,16 @@ def entries(model: Any, name: str, trains: Callable[[str, nnx.Variable[Any]], bo
 
 
 def fill_entries(places: dict[str, Entry], read: Callable[[str], np.ndarray[Any, Any]]) -> None:
-    """Read every tensor into its place, leaf by leaf."""
+    """Read every tensor into its place, leaf by leaf.
+
+    Raises:
+        CheckpointError: A tensor is not what the module makes of the others.
+    """
     by_leaf: dict[int, list[tuple[str, Entry]]] = {}
+    made = {key: entry for key, entry in places.items() if isinstance(entry, Made)}
     for key, entry in places.items():
+        if key in made:
+            continue
         by_leaf.setdefault(id(entry.variable), []).append((key, entry))
     for group in by_leaf.values():
         variable = group[0][1].variable
@@ -86,6 +116,10 @@ def fill_entries(places: dict[str, Entry], read: Callable[[str], np.ndarray[Any,
         for key, entry in group:
             entry.write(buffer, read(key))
         variable.set_value(jnp.asarray(buffer))
+    for key, entry in made.items():
+        file, here = read(key).astype(np.float32), entry.read()
+        if not np.allclose(file, here, rtol=1e-3, atol=1e-3 * np.abs(here).max()):
+            raise CheckpointError(f"{key} is not what the encoder in the same file makes: one of them was changed")
 
 
 def _held(n: Named, module: Any) -> range | tuple[int, ...]:
@@ -135,9 +169,23 @@ def _leaf(n: Named, leaf: str, variable: Any, held: Any) -> Tensors:
         yield f"{PREFIX}{n.names[layer]}.{LEAF_NAMES[leaf]}", Entry(variable, i if n.stacked else None, transposed)
 
 
+def _virtual(n: Named, virtual: Virtual, name: str) -> Tensors:
+    """What peft knows is `prompt_embeddings`, of one kind at a time; an encoder's leaves have names of our own."""
+    held = [slot for slot in ("past", "prompt") if name in (getattr(n.module, slot) or {})]
+    slot = next(slot for slot in held if getattr(n.module, slot)[name] is virtual)
+    at = f"{slot}." if len(held) > 1 else ""
+    if virtual.encoder is None:
+        yield f"{at}prompt_embeddings", Entry(virtual.vectors)
+        return
+    yield f"{at}prompt_embeddings", Made(virtual.vectors, make=lambda: virtual(Context(), 1)[0])
+    for path, variable in variables(virtual).items():
+        yield f"{at}encoder.{path.removeprefix('encoder.')}", Entry(variable)
+
+
 # What hangs in a slot, by its type: (module, what hangs, adapter's name) -> its tensors.
 TENSORS: dict[type, Callable[[Named, Any, str], Tensors]] = {
     LowRank: _low_rank,
     Copies: _copies,
     Bottleneck: _bottleneck,
+    Virtual: _virtual,
 }

@@ -26,10 +26,11 @@ CONVERT = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
 def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = None) -> Path:
     """Write an adapter: what its method trains, and nothing else.
 
-    Of `LoRA` the folder is peft's, and `peft.PeftModel.from_pretrained` gives the same numbers. Of `Adapter` it is the
-    adapters library's, where that has the family (GPT-2, Llama, Mistral) and the option: read it there with
-    `model.load_adapter(folder, use_safetensors=True)`. For what neither knows (BitFit, compositions) it looks as
-    peft's, names the method, and only `load_adapter` reads it. On an error the folder's old files stay.
+    Where peft knows the method (LoRA, prefixes, prompts) the folder is peft's, and `peft.PeftModel.from_pretrained`
+    gives the same numbers; what peft would lose (the encoder that makes a prompt) stands beside it, for `load_adapter`
+    alone. Of `Adapter` it is the adapters library's, where that has the family (GPT-2, Llama, Mistral) and the option:
+    read it there with `model.load_adapter(folder, use_safetensors=True)`. For what neither knows (BitFit, compositions)
+    it looks as peft's, names the method, and only `load_adapter` reads it. On an error the folder's old files stay.
 
     Args:
         model_or_state: A `TrainState`, or a model that carries the adapter.
@@ -60,7 +61,9 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     if isinstance(method, Adapter) and library.expresses(method, model):
         weights, config, places = library.WEIGHTS, library.config_of(method, model, name), library.renamed(places, name)
     else:
-        config = config_of(method, model) if type(method) in FORMATS else own_config(method, model)
+        form, config = FORMATS.get(type(method)), own_config(method, model)
+        if form is not None and form.says(method):
+            config = {**(config if form.lacks(method) else {}), **config_of(method, model)}
     with replacing(Path(folder)) as scratch:
         write_tensors(scratch / weights, {key: entry.read() for key, entry in places.items()})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -102,7 +105,7 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
     if theirs:
         method: Method = library.method_of(config, model, where)
     else:
-        method = own_method(config, where) if "jaxft_method" in config else method_of(config, where)
+        method = (own_method(config, where) if "jaxft_method" in config else method_of(config, where)).loaded()
     if name in adapters(model):
         raise MethodError(f"the model already has an adapter {name!r}: give another name, or jaxft.detach it first")
     fresh = copy_tree(attached(model, method, name=name))

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, MethodError
-from ..methods import LoRA, Method
-from . import peft_lora
+from ..methods import LoRA, Method, PrefixTuning, PromptTuning, PTuning, PTuningV2
+from . import peft_lora, peft_virtual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Format:
         reads: Keys that `method_of` reads.
         config_of: (method, model) -> the keys of `adapter_config.json` besides those that every config has.
         method_of: (config, path for messages) -> the method.
+        says: (method) -> whether peft's words can say what these options compute; else the folder is ours alone.
+        lacks: (method) -> whether they lack something that training goes on with; it is then said beside them.
     """
 
     kind: str
@@ -26,12 +28,26 @@ class Format:
     reads: set[str]
     config_of: Callable[[Any, Any], dict[str, Any]]
     method_of: Callable[[Mapping[str, Any], str], Method]
+    says: Callable[[Any], bool] = lambda _: True
+    lacks: Callable[[Any], bool] = lambda _: False
 
 
+def _virtual(kind: str, reads: set[str], config_of: Any, method_of: Any) -> Format:
+    needs = ("num_virtual_tokens",)
+    return Format(kind, needs, reads, config_of, method_of, says=peft_virtual.shifts, lacks=peft_virtual.makes)
+
+
+PREFIX = _virtual("PREFIX_TUNING", peft_virtual.PREFIX, peft_virtual.prefix_config, peft_virtual.prefix_method)
 FORMATS: dict[type[Method], Format] = {
     LoRA: Format(
         "LORA", ("r", "lora_alpha", "target_modules"), peft_lora.READ, peft_lora.config_of, peft_lora.method_of
     ),
+    PrefixTuning: PREFIX,
+    PTuningV2: PREFIX,
+    PromptTuning: _virtual(
+        "PROMPT_TUNING", peft_virtual.PROMPT, peft_virtual.prompt_config, peft_virtual.prompt_method
+    ),
+    PTuning: _virtual("P_TUNING", peft_virtual.ENCODED, peft_virtual.encoded_config, peft_virtual.encoded_method),
 }
 NEUTRAL = {  # say nothing about what the tensors compute
     "auto_mapping",
@@ -69,7 +85,7 @@ def method_of(config: Mapping[str, Any], where: str) -> Method:
     kind = config.get("peft_type")
     form = next((form for form in FORMATS.values() if form.kind == kind), None)
     if form is None:
-        known = ", ".join(form.kind for form in FORMATS.values())
+        known = ", ".join(dict.fromkeys(form.kind for form in FORMATS.values()))
         raise CheckpointError(f"{where}: peft_type {kind!r} is not supported; there are {known}")
     for key in form.needs:
         if config.get(key) is None:

@@ -5,7 +5,32 @@ from .bitfit import BitFit
 from .full import Full
 from .lora import LoRA
 from .method import Method, Union
+from .p_tuning import PTuning
+from .p_tuning_v2 import PTuningV2
+from .prefix_tuning import PrefixTuning
+from .prompt_tuning import PromptTuning
 
-METHODS: dict[str, type[Method]] = {"full": Full, "bitfit": BitFit, "lora": LoRA, "adapter": Adapter}
+METHODS: dict[str, type[Method]] = {
+    "full": Full,
+    "bitfit": BitFit,
+    "lora": LoRA,
+    "adapter": Adapter,
+    "prefix_tuning": PrefixTuning,
+    "prompt_tuning": PromptTuning,
+    "p_tuning": PTuning,
+    "p_tuning_v2": PTuningV2,
+}
 
-__all__ = ["METHODS", "Adapter", "BitFit", "Full", "LoRA", "Method", "Union"]
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "BitFit",
+    "Full",
+    "LoRA",
+    "Method",
+    "PTuning",
+    "PTuningV2",
+    "PrefixTuning",
+    "PromptTuning",
+    "Union",
+]

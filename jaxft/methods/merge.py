@@ -26,7 +26,8 @@ def merge(model: Any) -> Any:
         model: A model with adapters, weighted by an array `[n]`.
 
     Raises:
-        MethodError: The model carries no adapter, or each row of a batch has its own weights.
+        MethodError: The model carries no adapter, each row of a batch has its own weights, or an adapter puts keys,
+            values or vectors before the sequence, which no kernel can hold.
 
     >>> import jaxft
     >>> model = jaxft.attach(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2))
@@ -91,7 +92,14 @@ def _prepared(model: Any) -> tuple[Any, Context]:
     weights = model.adapter_weights.get_value()
     if weights.ndim > 1:
         raise MethodError("each row has adapter weights of its own; choose one set first, with jaxft.set_adapter")
-    return copy_tree(model), Context(weights=weights, names=tuple(adapters(model)))
+    ctx = Context(weights=weights, names=tuple(adapters(model)))
+    hung = {name for slot in ("past", "prompt") for name in (getattr(model, slot, None) or {})}
+    refuse(
+        MethodError,
+        "what stands before the sequence cannot be folded into weights: keep the adapter, or detach it first",
+        [f"{name!r} is {type(method).__name__}" for name, method in adapters(model).items() if name in hung],
+    )
+    return copy_tree(model), ctx
 
 
 def _adapted(model: Any) -> list[Named]:

@@ -50,6 +50,10 @@ class Method:
         """
         return isinstance(variable, Delta) and owner(path) == name
 
+    def loaded(self) -> "Method":
+        """Return the method as it attaches where its values are read from a file: by default as it is."""
+        return self
+
     def __or__(self, other: "Method") -> "Method":
         """Return the method that attaches one after the other and trains what either trains."""
         if not isinstance(other, Method):
@@ -75,6 +79,10 @@ class Union(Method):
     def trains(self, path: str, variable: nnx.Variable[Any], name: str) -> bool:
         """Tell whether any part trains the leaf."""
         return any(part.trains(path, variable, name) for part in self.parts)
+
+    def loaded(self) -> Method:
+        """Return the parts as they attach where their values are read from a file."""
+        return Union(tuple(part.loaded() for part in self.parts))
 
 
 def parts_of(method: Method) -> tuple[Method, ...]:

@@ -63,7 +63,8 @@ def parameter_report(model_or_state: Any, method: Method | None = None, *, name:
     modules: dict[str, int] = {}
     for path, count in counts.items():
         parts = path.split(".")
-        module = ".".join(parts[: next((i for i, part in enumerate(parts) if part in SLOTS), len(parts) - 1)])
+        slot = next((i for i, part in enumerate(parts) if part in SLOTS), len(parts) - 1)
+        module = ".".join(parts[:slot]) or parts[0]
         modules[module] = modules.get(module, 0) + count
     trained = sum(counts.values())
     return ParameterReport(trained, trained + sum(_counts(frozen).values()), modules)

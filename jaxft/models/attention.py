@@ -3,12 +3,14 @@
 Shapes: B rows, H query heads, K key/value heads (H a multiple of K), T queries, S keys, E width of a head.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from .layers import dropout
+from .seams import Past
 
 MASKED = -1e30  # finite, so that a query that sees nothing (a left pad) stays finite
 
@@ -23,9 +25,10 @@ def attend(
     softcap: float | None = None,
     rate: float = 0.0,
     key: jax.Array | None = None,
+    past: Past | None = None,
     platform: str | None = None,
 ) -> jax.Array:
-    """Return `softmax(scale q k^T) v` over the keys that the mask allows.
+    """Return `softmax(scale q k^T) v` over the keys that the mask allows, and over those that stand before them.
 
     Args:
         q: `[B, H, T, E]`.
@@ -36,16 +39,27 @@ def attend(
         softcap: Bends the scaled scores to `softcap * tanh(scores / softcap)` (Gemma 2).
         rate: Dropout on the probabilities, where a key is given.
         key: Dropout key.
+        past: One layer's virtual places: a place of weight w counts as w equal ones would. Where all weigh 0 the
+            result is, to the bit, that without them.
         platform: Kind of device that is compiled for; None: the default one.
 
     Returns:
         `[B, H, T, E]`, in the dtype of `q`.
     """
     drops = key is not None and rate > 0
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return heads_first(q, k, v, mask, scale=scale, softcap=softcap, rate=rate, key=key, past=past)
+
+    def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale).swapaxes(1, 2)
+
     if (platform or jax.default_backend()) == "cpu" or drops or softcap is not None:
-        return heads_first(q, k, v, mask, scale=scale, softcap=softcap, rate=rate, key=key)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale).swapaxes(1, 2)
+        return plain(q, k, v)
+    if past is None:
+        return fused(q, k, v)
+    return jax.lax.cond((past.weight > 0).any(), plain, fused, q, k, v)
 
 
 def heads_first(
@@ -58,6 +72,7 @@ def heads_first(
     softcap: float | None = None,
     rate: float = 0.0,
     key: jax.Array | None = None,
+    past: Past | None = None,
 ) -> jax.Array:
     """Attention as plain matrix products per head, the layout that XLA on a CPU multiplies fastest.
 
@@ -65,23 +80,47 @@ def heads_first(
     by the sum comes after the product with `v`, on T x E numbers and not on T x S. All of it has four axes and the mask
     is added, not selected by: so XLA makes one kernel of the forward pass, and it is cheaper to run that kernel again
     in the backward pass than to keep T x S numbers for it.
+
+    The virtual places have products and sums of their own, added at the end: the others are then rounded as they are
+    without them, and keys that all rows share are not repeated for each.
     """
     b, h, t, e = q.shape
     groups = h // k.shape[1]
     scale = e**-0.5 if scale is None else scale
 
-    @partial(jax.checkpoint, prevent_cse=False)
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        scores = (q.reshape(b, -1, groups * t, e) @ k.swapaxes(2, 3)).astype(jnp.float32) * scale
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        scores = scores + jnp.tile(jnp.where(mask, 0.0, MASKED), (1, 1, groups, 1))
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        total = weights.sum(-1, keepdims=True)
-        weights = dropout(weights, rate, key).astype(v.dtype)
-        return ((weights @ v) / total.astype(v.dtype)).reshape(b, h, t, e)
+    def score(q: jax.Array, k: jax.Array) -> jax.Array:
+        scores = (q @ k.swapaxes(2, 3)).astype(jnp.float32) * scale
+        return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
-    return attention(q, k, v)
+    def each_group(x: jax.Array) -> jax.Array:
+        return x if x.shape[2] == 1 else jnp.tile(x, (1, 1, groups, 1))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, past: Past | None) -> jax.Array:
+        q = q.reshape(b, -1, groups * t, e)
+        scores = score(q, k) + each_group(jnp.where(mask, 0.0, MASKED))
+        top = scores.max(-1, keepdims=True)
+        if past is not None:
+            before = score(q, past.k) + each_group(log_weight(past)[:, None])
+            top = jnp.maximum(top, before.max(-1, keepdims=True))
+        top = jax.lax.stop_gradient(top)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        mixed = dropout(weights, rate, key).astype(v.dtype) @ v
+        if past is not None:
+            weights = jnp.exp(before - top)
+            total = total + weights.sum(-1, keepdims=True)
+            further = None if key is None else jax.random.fold_in(key, 1)
+            mixed = mixed + dropout(weights, rate, further).astype(v.dtype) @ past.v
+        return (mixed / total.astype(v.dtype)).reshape(b, h, t, e)
+
+    return attention(q, k, v, past)
+
+
+def log_weight(past: Past) -> jax.Array:
+    """Return the logarithm of the weights, -inf where a place is not there."""
+    there = past.weight > 0
+    return jnp.where(there, jnp.log(jnp.where(there, past.weight, 1)), -jnp.inf)
 
 
 def causal_mask(
@@ -120,6 +159,30 @@ def slide(mask: jax.Array, windows: tuple[int, ...], layer: jax.Array, start: ja
     queries, keys = (jnp.arange(length) for length in mask.shape[-2:])
     distance = (start + queries)[:, None] - keys[None, :]
     return mask & (distance < jnp.asarray(windows, jnp.int32)[layer])[None, None]
+
+
+def slide_past(past: Past, positions: jax.Array, windows: tuple[int, ...], layer: jax.Array) -> Past:
+    """Narrow what stands before the sequence to a layer's window: each virtual place counts as a token's, as in peft.
+
+    The distance is counted over real tokens of the query's own row or segment: what is padded or packed before them
+    pushes nothing out of sight.
+
+    Args:
+        past: The virtual places.
+        positions: `[B, T]` of the queries, shifted by `past.offset`.
+        windows: The window of every layer.
+        layer: Index of the layer.
+
+    Returns:
+        The same with weights `[B, T, P]`.
+    """
+    there = past.weight > 0
+    ahead = jnp.cumsum(there[..., ::-1], -1)[
+        ..., ::-1
+    ]  # how many stand between a place and the first token, and itself
+    distance = (positions - past.offset)[..., None] + ahead
+    near = distance < jnp.asarray(windows, jnp.int32)[layer]
+    return dataclasses.replace(past, weight=jnp.where(near, past.weight, 0))
 
 
 def default_positions(

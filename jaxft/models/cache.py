@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .seams import Past
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +19,14 @@ class Cache:
         v: As `k`.
         valid: `[B, S]` bool, False at padding and at what is still empty.
         index: Where the next tokens go.
+        past: What stands before all of them, beside the buffer.
     """
 
     k: jax.Array
     v: jax.Array
     valid: jax.Array
     index: jax.Array
+    past: Past | None = None
 
     @classmethod
     def empty(cls, layers: int, rows: int, heads: int, room: int, width: int, dtype: Any) -> "Cache":
@@ -54,3 +58,23 @@ class Cache:
     def advance(self, length: int) -> "Cache":
         """Move on by `length` tokens."""
         return dataclasses.replace(self, index=self.index + length)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Stands for a cache where the keys and values of one reading are wanted, and there is nothing before them.
+
+    Attributes:
+        k: `[B, K, T, E]` of one layer, `[L, B, K, T, E]` of a stack; None at first.
+        v: As `k`.
+    """
+
+    k: jax.Array | None = None
+    v: jax.Array | None = None
+    index: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def write(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> tuple["Kept", jax.Array, jax.Array]:
+        """Keep one layer's."""
+        del layer
+        return Kept(k, v), k, v

@@ -1,5 +1,6 @@
 """What every causal language model offers: `hidden`, `head`, their composition, and decoding with a cache."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -12,12 +13,14 @@ from .attention import causal_mask, default_positions
 from .cache import Cache
 from .config import ModelConfig
 from .seams import Context
+from .virtual import begin, behind, room
 
 
 class CausalLM(nnx.Module):
     """A language model that reads from left to right. A family sets `prefix`, its backbone under that name, `lm_head`.
 
-    The backbone is called as `backbone(ids, ctx, cache) -> (hidden, cache)` and has `input_embedding()`.
+    The backbone has `embed(ids, ctx) -> vectors`, is called as `backbone(vectors, ctx, cache) -> (hidden, cache)`, and
+    has `input_embedding()`.
     """
 
     model_type: ClassVar[str]
@@ -31,6 +34,8 @@ class CausalLM(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.config = config
         self.adapter_weights: Any = nnx.data(None)
+        self.past: Any = nnx.data(None)
+        self.prompt: Any = nnx.data(None)
 
     @property
     def dtype(self) -> Any:
@@ -66,8 +71,8 @@ class CausalLM(nnx.Module):
         if position_ids is None:
             position_ids = default_positions(input_ids.shape, attention_mask, segment_ids)
         mask = causal_mask(input_ids.shape[1], attention_mask, segment_ids)
-        ctx = self.context(len(input_ids), key, mask=mask, positions=position_ids)
-        return self.backbone(input_ids, ctx, None)[0]
+        ctx = behind(begin(self, len(input_ids), key), self.context(len(input_ids), key, mask=mask), position_ids)
+        return self.backbone(self.backbone.embed(input_ids, ctx), ctx, None)[0]
 
     def head(self, hidden: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Map `[B, T, D]` to logits `[B, T, V]`."""
@@ -107,9 +112,15 @@ class CausalLM(nnx.Module):
         return {"tie_word_embeddings": self.lm_head.kernel is None}
 
     def empty_cache(self, rows: int, room: int) -> Cache:
-        """Return a cache for `rows` texts of up to `room` tokens."""
+        """Return a cache for `rows` texts of up to `room` tokens, begun with what adapters put before them."""
         c = self.config
-        return Cache.empty(c.num_hidden_layers, rows, c.num_key_value_heads, room, c.head_dim, c.dtype)
+        cache = Cache.empty(c.num_hidden_layers, rows, c.num_key_value_heads, room, c.head_dim, c.dtype)
+        return dataclasses.replace(cache, past=begin(self, rows, None))
+
+    def positions_left(self) -> int | None:
+        """Return how many tokens a row may have beside the virtual ones that shift them; None: there is no table."""
+        positions = getattr(self.config, "n_positions", None)
+        return None if positions is None else positions - room(self)
 
     def decode(
         self, input_ids: jax.Array, valid: jax.Array, position_ids: jax.Array, cache: Cache
@@ -119,7 +130,7 @@ class CausalLM(nnx.Module):
         Args:
             input_ids: `[B, T]`.
             valid: `[B, T]` bool, False at padding.
-            position_ids: `[B, T]`.
+            position_ids: `[B, T]`, counted without virtual tokens.
             cache: What was read before.
 
         Returns:
@@ -127,9 +138,10 @@ class CausalLM(nnx.Module):
         """
         length = input_ids.shape[1]
         cache = cache.admit(valid)
-        ctx = self.context(len(input_ids), mask=cache.mask(length), positions=position_ids)
-        hidden, cache = self.backbone(input_ids, ctx, cache)
-        return hidden, cache.advance(length)
+        ctx = behind(cache.past, self.context(len(input_ids), mask=cache.mask(length)), position_ids)
+        buffers = dataclasses.replace(cache, past=None)
+        hidden, buffers = self.backbone(self.backbone.embed(input_ids, ctx), ctx, buffers)
+        return hidden, dataclasses.replace(buffers.advance(length), past=cache.past)
 
 
 @jax.jit

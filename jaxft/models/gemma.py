@@ -143,7 +143,8 @@ class Gemma2Attention(LlamaAttention):
         """Mix the values, as the family scales the scores."""
         c, key = self.config, ctx.key_for(PROBABILITIES)
         scores: dict[str, Any] = {"scale": c.query_pre_attn_scalar**-0.5, "softcap": c.attn_logit_softcapping}
-        return attend(q, k, v, mask, **scores, rate=c.attention_dropout, key=key, platform=ctx.platform)
+        drops: dict[str, Any] = {"rate": c.attention_dropout, "key": key}
+        return attend(q, k, v, mask, **scores, **drops, past=ctx.past, platform=ctx.platform)
 
 
 class Gemma3Attention(Gemma2Attention):

@@ -82,7 +82,7 @@ class GPT2Attention(nnx.Module):
         if cache is not None:
             cache, k, v = cache.write(ctx.layer, k, v)
         drops: dict[str, Any] = {"rate": c.attn_pdrop, "key": ctx.key_for(PROBABILITIES)}
-        out = attend(q, k, v, ctx.mask, **drops, platform=ctx.platform)
+        out = attend(q, k, v, ctx.mask, **drops, past=ctx.past, platform=ctx.platform)
         return self.c_proj(out.swapaxes(1, 2).reshape(b, t, d), ctx), cache
 
 
@@ -136,13 +136,18 @@ class GPT2Model(nnx.Module):
         """Return the table that a tied head calls."""
         return self.wte
 
-    def __call__(self, ids: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """Map ids `[B, T]` to hidden states `[B, T, D]`."""
-        c = self.config
+    def embed(self, ids: jax.Array, ctx: Context) -> jax.Array:
+        """Map ids `[B, T]` to `[B, T, D]`, without their positions."""
+        return self.wte(ids, ctx).astype(self.config.dtype)
+
+    def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """Map vectors `[B, T, D]` to hidden states `[B, T, D]`."""
+        c, before = self.config, 0 if ctx.past is None else ctx.past.room
         assert ctx.positions is not None
-        if ids.shape[1] > c.n_positions:
-            raise BatchError(f"rows of {ids.shape[1]} tokens: this model has {c.n_positions} positions")
-        x = self.wte(ids, ctx).astype(c.dtype) + self.wpe(ctx.positions, ctx).astype(c.dtype)
+        if x.shape[1] + before > c.n_positions:
+            taken = f", of which virtual tokens take {before}" if before else ""
+            raise BatchError(f"rows of {x.shape[1]} tokens: this model has {c.n_positions} positions{taken}")
+        x = x + self.wpe(ctx.positions, ctx).astype(c.dtype)
         x = dropout(x, c.embd_pdrop, ctx.key_for(EMBEDDING))
         x, cache = run(self.h, x, ctx, cache, c.remat)
         return self.ln_f(x, ctx), cache

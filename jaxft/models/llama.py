@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
-from .attention import attend, slide
+from .attention import attend, slide, slide_past
 from .cache import Cache
 from .causal import CausalLM
 from .config import ModelConfig, activation
@@ -84,6 +84,9 @@ class LlamaAttention(nnx.Module):
             mask = slide(mask, c.windows, ctx.layer, 0 if cache is None else cache.index)
         if cache is not None:
             cache, k, v = cache.write(ctx.layer, k, v)
+        if c.windows and ctx.past is not None:
+            assert ctx.positions is not None
+            ctx = ctx.replace(past=slide_past(ctx.past, ctx.positions, c.windows, ctx.layer))
         out = self.attend(q, k, v, mask, ctx)
         return self.o_proj(out.swapaxes(1, 2).reshape(b, t, -1), ctx), cache
 
@@ -94,7 +97,7 @@ class LlamaAttention(nnx.Module):
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, ctx: Context) -> jax.Array:
         """Mix the values, as the family scales the scores."""
         rate, key = self.config.attention_dropout, ctx.key_for(PROBABILITIES)
-        return attend(q, k, v, mask, rate=rate, key=key, platform=ctx.platform)
+        return attend(q, k, v, mask, rate=rate, key=key, past=ctx.past, platform=ctx.platform)
 
 
 class LlamaMLP(nnx.Module):
@@ -147,11 +150,10 @@ class LlamaModel(nnx.Module):
         """Return the table that a tied head calls."""
         return self.embed_tokens
 
-    def __call__(self, ids: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """Map ids `[B, T]` to hidden states `[B, T, D]`."""
+    def __call__(self, x: jax.Array, ctx: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """Map vectors `[B, T, D]` to hidden states `[B, T, D]`."""
         c = self.config
         assert ctx.positions is not None
-        x = self.embed(ids, ctx)
         ctx = ctx.replace(rope=self.angles(ctx.positions))
         x, cache = run(self.layers, x, ctx, cache, c.remat)
         return self.norm(x, ctx), cache

@@ -56,6 +56,26 @@ class Copies(nnx.Module):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Past:
+    """P virtual places that stand before the sequence in attention; R is 1, or B where rows differ.
+
+    Attributes:
+        k: `[L, R, K, P, E]` keys, not rotated any more; inside the stack one layer's, without L.
+        v: Values, as `k`.
+        weight: `[R, 1, P]` float32, how often a place counts in the softmax; 0: it is not there.
+        offset: `[R, 1]` int32, by how much the positions of the sequence's tokens are shifted.
+        room: The most that `offset` can be.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    weight: jax.Array
+    offset: jax.Array
+    room: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Context:
     """What every module of one forward pass may need to know.
 
@@ -66,6 +86,7 @@ class Context:
         positions: `[B, T]` int32.
         rope: Cosines and sines `[B, 1, T, head_dim / 2]`, float32, where the family rotates.
         layer: Index of the layer, inside the stack.
+        past: What stands before the sequence in attention.
         names: Names of the adapters, in the order of `weights`.
         mesh: The mesh that the model lies on; None: one device.
     """
@@ -76,6 +97,7 @@ class Context:
     positions: jax.Array | None = None
     rope: tuple[jax.Array, jax.Array] | None = None
     layer: jax.Array | None = None
+    past: Past | None = None
     names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 

@@ -5,6 +5,7 @@ attribute `layers_held`; `spread` scatters them to `[L, ...]` before the scan. A
 no leaf stands for it, so nothing outside the selection can drift.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from ..parallel.rules import constrain
-from .cache import Cache
+from .cache import Kept
 from .seams import Context
 
 
@@ -48,24 +49,31 @@ def spread(tree: Any, depth: int) -> Any:
     return jax.tree.map(scatter, tree, is_leaf=partial)
 
 
-def run(layers: Any, x: jax.Array, ctx: Context, cache: Cache | None, remat: str) -> tuple[jax.Array, Cache | None]:
+def run(layers: Any, x: jax.Array, ctx: Context, cache: Any, remat: str) -> tuple[jax.Array, Any]:
     """Apply the layers in order.
 
     Args:
         layers: A module made by `stacked`; called as `layer(x, ctx, cache) -> (x, cache)`.
         x: `[B, T, D]`.
-        ctx: The context; each layer gets a dropout key of its own.
-        cache: Carried along, in the scan's carry: as scanned input and output it would be held twice.
+        ctx: The context; each layer gets a dropout key of its own, and its part of `past`.
+        cache: Carried along, in the scan's carry: as scanned input and output it would be held twice. A `Kept` comes
+            back with the keys and values of every layer.
         remat: `"none"`, or `"full"`: keep only each layer's input for the backward pass.
     """
     rows = ("batch", None, None)
 
-    def body(carry: Any, xs: Any) -> tuple[Any, None]:
-        layer, index = xs
-        x, cache = layer(constrain(carry[0], ctx.mesh, *rows), ctx.at_layer(index), carry[1])
-        return (constrain(x, ctx.mesh, *rows), cache), None
+    def body(carry: Any, xs: Any) -> tuple[Any, Kept | None]:
+        layer, index, past = xs
+        here = ctx.at_layer(index)
+        if ctx.past is not None:
+            here = here.replace(past=dataclasses.replace(ctx.past, k=past[0], v=past[1]))
+        x, cache = layer(constrain(carry[0], ctx.mesh, *rows), here, carry[1])
+        kept = cache if isinstance(cache, Kept) else None
+        return (constrain(x, ctx.mesh, *rows), cache if kept is None else Kept()), kept
 
     if remat == "full":
         body = jax.checkpoint(body, prevent_cse=False)
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (spread(layers, layers.stack_depth), jnp.arange(layers.stack_depth)))
-    return x, cache
+    depth = layers.stack_depth
+    past = None if ctx.past is None else (ctx.past.k, ctx.past.v)
+    (x, cache), kept = jax.lax.scan(body, (x, cache), (spread(layers, depth), jnp.arange(depth), past))
+    return x, cache if kept is None else kept
