@@ -58,9 +58,15 @@ INSIDE = {
         "matching",
         "copies",
         "low_rank",
+        "dora",
+        "pissa",
+        "embedding",
+        "tokens",
+        "options",
         "full",
         "bitfit",
         "lora",
+        "ia3",
         "__init__",
         "partition",
     ],
@@ -69,7 +75,7 @@ INSIDE = {
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing", "__init__"],
     "config": ["tree", "schema", "load", "__init__"],
     "tasks": ["__init__", "sft", "fingerprints", "train", "use"],
-    "interop": ["entries", "peft_lora", "peft", "folder", "export", "__init__"],
+    "interop": ["entries", "peft_lora", "peft_ia3", "peft", "folder", "serving", "export", "__init__"],
     "testing": ["tiny", "laws", "__init__"],
 }
 INSIDE["methods"] += ["report", "switch", "merge"]
@@ -129,7 +135,7 @@ def test_public_names():
         *("PartitionError", "SelectionError", "BitFit", "Full", "LoRA", "Method", "ParameterReport", "TrainState"),
         *("adapters", "attach", "combine", "decay_mask", "detach", "generate", "generate_ids", "leaves", "load"),
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
-        *("save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
+        *("IA3", "save_serving", "save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
     }
 
 

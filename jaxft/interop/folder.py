@@ -13,6 +13,8 @@ from ..methods import METHODS, Full, Method
 from ..methods.method import adapters, copy_tree, parts_of
 from ..methods.partition import attached
 from ..methods.switch import set_adapter
+from ..models.layers import Embed
+from ..models.names import named_modules
 from ..models.placement import place
 from ..models.tensors import Tensors, read_json, replacing, write_tensors
 from .entries import PREFIX, Entry, entries, fill_entries
@@ -25,9 +27,9 @@ CONVERT = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
 def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = None) -> Path:
     """Write an adapter: what its method trains, and nothing else.
 
-    Of `LoRA` the folder is peft's, and `peft.PeftModel.from_pretrained` gives the same numbers. For what peft does not
-    know (BitFit, compositions) it looks the same, names the method, and only `load_adapter` reads it. On an error the
-    folder's old files stay.
+    Of `LoRA` and `IA3` the folder is peft's, and `peft.PeftModel.from_pretrained` gives the same numbers. For what
+    peft does not know (BitFit, compositions) it looks the same, names the method, and only `load_adapter` reads it. On
+    an error the folder's old files stay.
 
     Args:
         model_or_state: A `TrainState`, or a model that carries the adapter.
@@ -45,12 +47,7 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     >>> sorted(p.name for p in jaxft.save_adapter(model, tempfile.mkdtemp()).iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    is_state = hasattr(model_or_state, "trainable")
-    model = model_or_state.model if is_state else model_or_state
-    name = name or (model_or_state.name if is_state else "default")
-    method = adapters(model).get(name) or (model_or_state.method if is_state and name == model_or_state.name else None)
-    if method is None:
-        raise MethodError(f"no adapter {name!r} to save; the model carries {sorted(adapters(model)) or 'none'}")
+    model, name, method = chosen(model_or_state, name)
     if any(isinstance(part, Full) for part in parts_of(method)):
         raise MethodError("Full trains the whole model, so there is no adapter: write it with jaxft.save_model")
     places = entries(model, name, lambda path, v: method.trains(path, v, name))
@@ -59,6 +56,21 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
         write_tensors(scratch / WEIGHTS, {key: entry.read() for key, entry in places.items()})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Path(folder)
+
+
+def chosen(model_or_state: Any, name: str | None) -> tuple[Any, str, Method]:
+    """Return the model, and name and method of the adapter of it that is meant.
+
+    Raises:
+        MethodError: There is no such adapter.
+    """
+    is_state = hasattr(model_or_state, "trainable")
+    model = model_or_state.model if is_state else model_or_state
+    name = name or (model_or_state.name if is_state else "default")
+    method = adapters(model).get(name) or (model_or_state.method if is_state and name == model_or_state.name else None)
+    if method is None:
+        raise MethodError(f"no adapter {name!r} to save; the model carries {sorted(adapters(model)) or 'none'}")
+    return model, name, method
 
 
 def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> Any:
@@ -136,13 +148,15 @@ def _repeated(key: str, model: Any) -> Any:
     if not key.endswith(".base_layer.weight") or not hasattr(model, "tied_kernel"):
         return None
     module = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
-    if module != "lm_head":
-        return None
-    return model.tied_kernel() if model.lm_head.kernel is None else model.lm_head.kernel.get_value()
+    if module == "lm_head":
+        kernel = model.tied_kernel() if model.lm_head.kernel is None else model.lm_head.kernel.get_value()
+        return kernel.T
+    tables = [n.module for n in named_modules(model) if n.path == module and isinstance(n.module, Embed)]
+    return tables[0].embedding.get_value() if tables else None
 
 
 def _same(tensors: Tensors, key: str, base: Any) -> bool:
-    return tensors.shapes[key] == base.shape[::-1] and np.array_equal(tensors.read(key), np.asarray(base).T)
+    return tensors.shapes[key] == base.shape and np.array_equal(tensors.read(key), np.asarray(base, np.float32))
 
 
 def own_config(method: Method, model: Any) -> dict[str, Any]:

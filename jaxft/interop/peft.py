@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, MethodError
-from ..methods import LoRA, Method
-from . import peft_lora
+from ..methods import IA3, LoRA, Method
+from . import peft_ia3, peft_lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Format:
 FORMATS: dict[type[Method], Format] = {
     LoRA: Format(
         "LORA", ("r", "lora_alpha", "target_modules"), peft_lora.READ, peft_lora.config_of, peft_lora.method_of
+    ),
+    IA3: Format(
+        "IA3", ("target_modules", "feedforward_modules"), peft_ia3.READ, peft_ia3.config_of, peft_ia3.method_of
     ),
 }
 NEUTRAL = {  # say nothing about what the tensors compute

@@ -55,8 +55,10 @@ def _readopt(model: Any, method: Method, name: str) -> Any:
         else:
             new[path].set_value(have)
     held, holds = held_layers(model, name), held_layers(fresh, name)
-    moved = [path for path in held if held[path] != holds.get(path, held[path])]
-    wrong += [f"{path} is for layers {held[path][0]}, the method's for {holds[path][0]}" for path in moved]
+    for path in sorted(set(held) & set(holds)):
+        for what, one in held[path].items():
+            if one != (other := holds[path][what]):
+                wrong.append(f"{path} is for {what} {one}, the method's for {other}")
     headline = f"the model already carries an adapter {name!r} that {type(method).__name__} does not describe"
     refuse(MethodError, f"{headline}; give its own options, no method (None), or another name", wrong)
     if getattr(model, "adapter_weights", None) is not None:
@@ -69,10 +71,14 @@ def _readopt(model: Any, method: Method, name: str) -> Any:
     return fresh
 
 
-def held_layers(model: Any, name: str) -> dict[str, Any]:
-    """Return, by path, which layers (and ranks) each thing that an adapter hangs up is for; None is all of them."""
+def held_layers(model: Any, name: str) -> dict[str, dict[str, Any]]:
+    """Return, by path, of what kind each thing is that an adapter hangs up, and for which layers, ranks and tokens."""
     return {
-        dotted(path): (module.layers_held, getattr(module, "ranks", None))
+        dotted(path): {
+            "layers": module.layers_held,
+            **{what: getattr(module, what, None) for what in ("ranks", "tokens")},
+            "the class": type(module).__name__,
+        }
         for path, module in nnx.iter_modules(model)
         if hasattr(module, "layers_held") and path[-1] == name
     }
