@@ -18,8 +18,9 @@ from .errors import (
 from .generation.generate import generate, generate_ids
 from .interop.export import save_model
 from .interop.folder import load_adapter, save_adapter
+from .interop.serving import save_serving
 from .loading import load
-from .methods import Adapter, BitFit, Full, LoRA, Method, PrefixTuning, PromptTuning, PTuning, PTuningV2
+from .methods import IA3, Adapter, BitFit, Full, LoRA, Method, PrefixTuning, PromptTuning, PTuning, PTuningV2
 from .methods.merge import merge, unmerge
 from .methods.method import adapters, attach, detach
 from .methods.partition import combine, leaves, partition, select, trainable_mask
@@ -33,6 +34,7 @@ from .train.step import make_train_step
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "Adapter",
     "BatchError",
     "BitFit",
@@ -75,6 +77,7 @@ __all__ = [
     "partition",
     "save_adapter",
     "save_model",
+    "save_serving",
     "select",
     "set_adapter",
     "testing",

@@ -31,6 +31,7 @@ class Form(StrEnum):
 
     peft = "peft"
     merged = "merged"
+    serving = "serving"
 
 
 @app.command()
@@ -119,10 +120,10 @@ def generate(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="A finished run's folder.", metavar="RUN")],
-    format: Annotated[Form, typer.Option(help="peft: the adapter; merged: a whole model.")],
+    format: Annotated[Form, typer.Option(help="peft: the adapter; merged: a whole model; serving: a plain LoRA.")],
     output: Annotated[str, typer.Option(help="A new folder.", metavar="DIR")],
 ) -> None:
-    """Write what a run has made, for peft or transformers to load."""
+    """Write what a run has made, for peft, transformers or an engine that serves adapters to load."""
     from .run import CONFIG, RunFolder
     from .tasks import use
 

@@ -60,12 +60,18 @@ INSIDE = {
         "copies",
         "low_rank",
         "bottleneck",
+        "encoders",
+        "virtual",
+        "dora",
+        "pissa",
+        "embedding",
+        "tokens",
+        "options",
         "full",
         "bitfit",
         "lora",
+        "ia3",
         "adapter",
-        "encoders",
-        "virtual",
         "prefix_tuning",
         "prompt_tuning",
         "p_tuning",
@@ -78,7 +84,7 @@ INSIDE = {
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing", "__init__"],
     "config": ["tree", "schema", "load", "__init__"],
     "tasks": ["__init__", "sft", "fingerprints", "train", "use"],
-    "interop": ["entries", "adapters", "peft_lora", "peft_virtual", "peft", "folder", "export", "__init__"],
+    "interop": ["entries", "adapters", "peft_lora", "peft_ia3", "peft_virtual", "peft", "folder", "serving", "export"],
     "testing": ["tiny", "laws", "__init__"],
 }
 INSIDE["methods"] += ["report", "switch", "merge"]
@@ -149,7 +155,7 @@ def test_public_names():
         *("adapters", "attach", "combine", "decay_mask", "detach", "generate", "generate_ids", "leaves", "load"),
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
         *("PTuning", "PTuningV2", "PrefixTuning", "PromptTuning"),
-        *("save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
+        *("IA3", "save_serving", "save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
     }
 
 

@@ -1,6 +1,7 @@
 """The tensors of an adapter by the names that peft gives them, as places in a model's tree."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,8 +12,13 @@ from flax import nnx
 
 from ..errors import CheckpointError
 from ..methods.bottleneck import Bottleneck
+from ..methods.dora import DoRA
+from ..methods.embedding import LowRankEmbedding
 from ..methods.encoders import Virtual
+from ..methods.ia3 import InputScale, Scale
 from ..methods.low_rank import LowRank
+from ..methods.pissa import PiSSA
+from ..methods.tokens import TokenRows
 from ..models.names import LEAF_NAMES, Named, named_modules, variables
 from ..models.seams import SLOTS, Context, Copies
 
@@ -151,6 +157,33 @@ def _bottleneck(n: Named, hung: Bottleneck, name: str) -> Tensors:
             yield f"{PREFIX}{n.names[layer]}.{leaf}", Entry(variable, i if n.stacked else None, transposed)
 
 
+def _dora(n: Named, delta: DoRA, name: str) -> Tensors:
+    """Beside A and B the magnitudes `(out,)`."""
+    yield from _low_rank(n, delta, name)
+    for i, layer in enumerate(_held(n, delta)):
+        yield f"{PREFIX}{n.names[layer]}.lora_magnitude_vector", Entry(delta.magnitude, i if n.stacked else None)
+
+
+def _embedding(n: Named, delta: LowRankEmbedding, name: str) -> Tensors:
+    """A is `(r, V)` and B `(D, r)`, named otherwise than a linear layer's."""
+    for key, entry in _low_rank(n, delta, name):
+        yield re.sub(r"lora_([AB])\.weight$", r"lora_embedding_\1", key), entry
+
+
+def _tokens(n: Named, delta: TokenRows, name: str) -> Tensors:
+    """The rows themselves, whatever the tensor's name says."""
+    del name
+    yield f"{PREFIX}{n.names[0]}.token_adapter.trainable_tokens_delta", Entry(delta.rows)
+
+
+def _scale(n: Named, delta: Scale, name: str) -> Tensors:
+    """A vector of an output is `(out, 1)` in a file, of an input `(1, in)`."""
+    del name
+    live = (None, ...) if isinstance(delta, InputScale) else (..., None)
+    for i, layer in enumerate(_held(n, delta)):
+        yield f"{PREFIX}{n.names[layer]}.ia3_l", Entry(delta.scale, i if n.stacked else None, live=live)
+
+
 def _copies(n: Named, copies: Copies, name: str) -> Tensors:
     """A bias beside a delta is called `base_layer.bias`, since peft wraps the layer that it adapts."""
     delta = (getattr(n.module, "delta", None) or {}).get(name)
@@ -185,7 +218,13 @@ def _virtual(n: Named, virtual: Virtual, name: str) -> Tensors:
 # What hangs in a slot, by its type: (module, what hangs, adapter's name) -> its tensors.
 TENSORS: dict[type, Callable[[Named, Any, str], Tensors]] = {
     LowRank: _low_rank,
-    Copies: _copies,
     Bottleneck: _bottleneck,
     Virtual: _virtual,
+    PiSSA: _low_rank,
+    DoRA: _dora,
+    LowRankEmbedding: _embedding,
+    TokenRows: _tokens,
+    Scale: _scale,
+    InputScale: _scale,
+    Copies: _copies,
 }

@@ -13,6 +13,8 @@ from ..methods import METHODS, Adapter, Full, Method
 from ..methods.method import adapters, copy_tree, parts_of
 from ..methods.partition import attached
 from ..methods.switch import set_adapter
+from ..models.layers import Embed
+from ..models.names import named_modules
 from ..models.placement import place
 from ..models.tensors import Tensors, read_json, replacing, write_tensors
 from . import adapters as library
@@ -26,8 +28,8 @@ CONVERT = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
 def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = None) -> Path:
     """Write an adapter: what its method trains, and nothing else.
 
-    Where peft knows the method (LoRA, prefixes, prompts) the folder is peft's, and `peft.PeftModel.from_pretrained`
-    gives the same numbers; what peft would lose (the encoder that makes a prompt) stands beside it, for `load_adapter`
+    Where peft knows the method (LoRA, IA3, prefixes, prompts) the folder is peft's, and its
+    `PeftModel.from_pretrained` gives the same numbers; what peft would lose (the encoder that makes a prompt) stands beside it, for `load_adapter`
     alone. Of `Adapter` it is the adapters library's, where that has the family (GPT-2, Llama, Mistral) and the option:
     read it there with `model.load_adapter(folder, use_safetensors=True)`. For what neither knows (BitFit, compositions)
     it looks as peft's, names the method, and only `load_adapter` reads it. On an error the folder's old files stay.
@@ -48,12 +50,7 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     >>> sorted(p.name for p in jaxft.save_adapter(model, tempfile.mkdtemp()).iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    is_state = hasattr(model_or_state, "trainable")
-    model = model_or_state.model if is_state else model_or_state
-    name = name or (model_or_state.name if is_state else "default")
-    method = adapters(model).get(name) or (model_or_state.method if is_state and name == model_or_state.name else None)
-    if method is None:
-        raise MethodError(f"no adapter {name!r} to save; the model carries {sorted(adapters(model)) or 'none'}")
+    model, name, method = chosen(model_or_state, name)
     if any(isinstance(part, Full) for part in parts_of(method)):
         raise MethodError("Full trains the whole model, so there is no adapter: write it with jaxft.save_model")
     places = entries(model, name, lambda path, v: method.trains(path, v, name))
@@ -70,6 +67,21 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     for old in {WEIGHTS, library.WEIGHTS} - {weights}:
         (Path(folder) / old).unlink(missing_ok=True)  # of an earlier adapter, which the new config does not describe
     return Path(folder)
+
+
+def chosen(model_or_state: Any, name: str | None) -> tuple[Any, str, Method]:
+    """Return the model, and name and method of the adapter of it that is meant.
+
+    Raises:
+        MethodError: There is no such adapter.
+    """
+    is_state = hasattr(model_or_state, "trainable")
+    model = model_or_state.model if is_state else model_or_state
+    name = name or (model_or_state.name if is_state else "default")
+    method = adapters(model).get(name) or (model_or_state.method if is_state and name == model_or_state.name else None)
+    if method is None:
+        raise MethodError(f"no adapter {name!r} to save; the model carries {sorted(adapters(model)) or 'none'}")
+    return model, name, method
 
 
 def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> Any:
@@ -156,13 +168,15 @@ def _repeated(key: str, model: Any) -> Any:
     if not key.endswith(".base_layer.weight") or not hasattr(model, "tied_kernel"):
         return None
     module = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
-    if module != "lm_head":
-        return None
-    return model.tied_kernel() if model.lm_head.kernel is None else model.lm_head.kernel.get_value()
+    if module == "lm_head":
+        kernel = model.tied_kernel() if model.lm_head.kernel is None else model.lm_head.kernel.get_value()
+        return kernel.T
+    tables = [n.module for n in named_modules(model) if n.path == module and isinstance(n.module, Embed)]
+    return tables[0].embedding.get_value() if tables else None
 
 
 def _same(tensors: Tensors, key: str, base: Any) -> bool:
-    return tensors.shapes[key] == base.shape[::-1] and np.array_equal(tensors.read(key), np.asarray(base).T)
+    return tensors.shapes[key] == base.shape and np.array_equal(tensors.read(key), np.asarray(base, np.float32))
 
 
 def own_config(method: Method, model: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, MethodError
-from ..methods import LoRA, Method, PrefixTuning, PromptTuning, PTuning, PTuningV2
-from . import peft_lora, peft_virtual
+from ..methods import IA3, LoRA, Method, PrefixTuning, PromptTuning, PTuning, PTuningV2
+from . import peft_ia3, peft_lora, peft_virtual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,9 @@ FORMATS: dict[type[Method], Format] = {
         "PROMPT_TUNING", peft_virtual.PROMPT, peft_virtual.prompt_config, peft_virtual.prompt_method
     ),
     PTuning: _virtual("P_TUNING", peft_virtual.ENCODED, peft_virtual.encoded_config, peft_virtual.encoded_method),
+    IA3: Format(
+        "IA3", ("target_modules", "feedforward_modules"), peft_ia3.READ, peft_ia3.config_of, peft_ia3.method_of
+    ),
 }
 NEUTRAL = {  # say nothing about what the tensors compute
     "auto_mapping",

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
-from ..methods.linear import is_linear
-from ..methods.lora import ALL_LINEAR, LoRA
-from ..methods.matching import Names, find, named
+from ..methods.lora import LoRA, takes_product
+from ..methods.matching import ALL_LINEAR, Names, find, named
+from ..methods.options import PISSA
+from ..methods.tokens import by_name
 
 READ = {
     "r",
@@ -19,11 +20,14 @@ READ = {
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
+    "trainable_token_indices",
     "bias",
     "modules_to_save",
     "init_lora_weights",
 }
-BASE_KEPT = (True, False, None, "gaussian", "orthogonal")  # initialisations that leave the base as it is
+NAMED = ("gaussian", PISSA)  # initialisations that are called the same here; the SVD of PiSSA is done again at loading
+BASE_KEPT = (True, False, None, "orthogonal", *NAMED)  # initialisations that leave the base as it is, or are done again
 
 
 def config_of(method: LoRA, model: Any) -> dict[str, Any]:
@@ -37,7 +41,7 @@ def config_of(method: LoRA, model: Any) -> dict[str, Any]:
         "bias": method.bias,
         "exclude_modules": _list(method.exclude_modules),
         "fan_in_fan_out": not all(getattr(layer, "transposed", True) for layer in layers),
-        "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
+        "init_lora_weights": method.init if method.init in NAMED else True,
         "layers_pattern": _list(method.layers_pattern),
         "layers_to_transform": _list(method.layers),
         "lora_alpha": method.alpha,
@@ -46,7 +50,8 @@ def config_of(method: LoRA, model: Any) -> dict[str, Any]:
         "r": method.r,
         "rank_pattern": dict(method.rank_pattern),
         "target_modules": _list(wanted),
-        "use_dora": False,
+        "trainable_token_indices": _tokens(method),
+        "use_dora": method.use_dora,
         "use_rslora": method.use_rslora,
     }
 
@@ -58,7 +63,7 @@ def shortest(model: Any, names: Names) -> Names:
     short = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
 
     def meant(wanted: Names) -> list[tuple[str, ...]]:
-        return [t.names for t in find(model, lambda name: named(name, wanted), is_linear)]
+        return [t.names for t in find(model, lambda name: named(name, wanted), takes_product)]
 
     return short if meant(short) == meant(names) else names
 
@@ -86,10 +91,18 @@ def method_of(config: Mapping[str, Any], where: str) -> LoRA:
         rank_pattern=config.get("rank_pattern") or (),
         alpha_pattern=config.get("alpha_pattern") or (),
         use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+        trainable_tokens=config.get("trainable_token_indices") or (),
         bias=config.get("bias") or "none",
         modules_to_save=config.get("modules_to_save") or (),
-        init="gaussian" if config.get("init_lora_weights") == "gaussian" else "default",
+        init=init if init in NAMED else "default",
     )
+
+
+def _tokens(method: LoRA) -> Any:
+    """Return the ids of the input embedding's own rows, or `{module: ids}`."""
+    ids = {module: list(ids) for module, ids in by_name(method.trainable_tokens).items()}
+    return ids.get(None, ids) or None
 
 
 def _list(value: Any) -> Any:

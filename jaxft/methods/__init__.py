@@ -3,6 +3,7 @@
 from .adapter import Adapter
 from .bitfit import BitFit
 from .full import Full
+from .ia3 import IA3
 from .lora import LoRA
 from .method import Method, Union
 from .p_tuning import PTuning
@@ -14,6 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "full": Full,
     "bitfit": BitFit,
     "lora": LoRA,
+    "ia3": IA3,
     "adapter": Adapter,
     "prefix_tuning": PrefixTuning,
     "prompt_tuning": PromptTuning,
@@ -22,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 __all__ = [
+    "IA3",
     "METHODS",
     "Adapter",
     "BitFit",

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import MethodError
 from ..models.seams import Copies, Delta
 from .linear import is_linear, kernel_shape, logical_axes, make_seams
-from .matching import Target
+from .matching import Target, check_names, find
 from .method import hang
 
 LEAVES = ("kernel", "bias", "scale", "embedding")
@@ -47,3 +47,22 @@ def copy_leaves(target: Target, leaves: tuple[str, ...], name: str, tied: Any = 
             lead = value.shape[:1]
         copies[leaf] = Delta(value.astype("float32"), axes=axes)
     hang(module, "saved", name, Copies(copies, target.layers_held, lead))
+
+
+def saves(name: str, modules_to_save: tuple[str, ...]) -> bool:
+    """Tell whether a module of this name is copied whole: by the end of its name, as in peft."""
+    return name.endswith(modules_to_save) if modules_to_save else False
+
+
+def copy_modules(model: Any, modules_to_save: tuple[str, ...], name: str) -> None:
+    """Give an adapter a whole copy of every module whose name ends so.
+
+    Raises:
+        SelectionError: One of the ends matches nothing.
+    """
+    found = find(model, lambda n: saves(n, modules_to_save), has_leaves)
+    for end in modules_to_save:
+        if not any(n.endswith(end) for target in found for n in target.names):
+            check_names(model, "modules_to_save", (end,), has_leaves, "module with parameters")
+    for target in found:
+        copy_leaves(target, LEAVES, name, tied=getattr(model, "tied_kernel", None))

@@ -10,7 +10,7 @@ from flax import nnx
 from ..errors import MethodError
 from ..models.layers import Linear
 from ..models.names import Named
-from ..models.seams import Context, add_deltas, read
+from ..models.seams import Context, add_deltas, read, scale_input
 
 
 def is_linear(module: Any) -> bool:
@@ -23,6 +23,18 @@ def kernel_shape(module: Any) -> tuple[int, ...]:
     if module.kernel is None:
         return (module.in_features, module.out_features)
     return tuple(module.kernel.get_value().shape)
+
+
+def kernel_of(model: Any, module: Any, layers: tuple[int, ...] | None) -> jax.Array:
+    """Return the kernel `(*lead, in, out)` that a linear layer multiplies by, the tied one of a head that has none.
+
+    Args:
+        model: The model.
+        module: One of its linear layers.
+        layers: The layers of the stack that are wanted; None for all, or outside a stack.
+    """
+    value = model.tied_kernel() if module.kernel is None else module.kernel.get_value()
+    return value if layers is None else value[list(layers),]
 
 
 def logical_axes(module: Any) -> tuple[Any, Any]:
@@ -71,7 +83,8 @@ def seamed(cls: Any) -> Any:
         ctx = Context(weights=self.adapter_weights.get_value(), names=names)
         if self.saved is not None and self.adapter_weights.get_value().ndim > 1:
             raise MethodError("adapters with copies of modules or biases cannot differ by row in a model of your own")
-        y = cls.__call__(self if self.saved is None else with_copies(self, ctx), x, *args, **kwargs)
+        own = self if self.saved is None else with_copies(self, ctx)
+        y = cls.__call__(own, scale_input(self, x, ctx), *args, **kwargs)
         return add_deltas(self, x, y, ctx)
 
     return type(f"Seamed{cls.__name__}", (cls,), {"__call__": __call__, "__module__": cls.__module__})

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): a trained low-rank product beside frozen linear layers."""
+"""LoRA (Hu et al. 2021): a trained low-rank product beside frozen linear layers and embeddings."""
 
 import dataclasses
 import math
@@ -8,10 +8,12 @@ from typing import Any
 import jax
 
 from ..errors import MethodError, SelectionError, refuse
-from ..models.names import named_modules
+from ..models.layers import Embed
 from ..models.seams import number
-from .copies import LEAVES, copy_leaves, has_leaves
-from .linear import all_linear, is_linear, kernel_shape, logical_axes, make_seams, passes_context
+from .copies import copy_leaves, copy_modules, saves
+from .dora import DoRA
+from .embedding import LowRankEmbedding, initial
+from .linear import is_linear, kernel_of, kernel_shape, logical_axes, make_seams, passes_context
 from .low_rank import INITS, LowRank
 from .matching import (
     Names,
@@ -26,12 +28,12 @@ from .matching import (
     layer_index,
     log,
     named,
-    pattern_error,
+    resolved,
 )
 from .method import Method, hang
-
-ALL_LINEAR = "all-linear"
-BIASES = ("none", "all", "lora_only")
+from .options import PISSA, lora_problems
+from .pissa import PiSSA
+from .tokens import frozen_tokens, hang_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +47,24 @@ class LoRA(Method):
         r: Rank.
         alpha: Numerator of the scale.
         dropout: Rate on the input of A, in training.
-        target_modules: Names of modules (`"q_proj"` means every module whose name ends so), a regular expression for
-            the whole name, `"all-linear"` (every linear layer but the output head), or None: what the field uses
-            for the family.
+        target_modules: Names of modules (`"q_proj"` means every module whose name ends so; embeddings too), a regular
+            expression for the whole name, `"all-linear"` (every linear layer but the output head), or None: what the
+            field uses for the family.
         exclude_modules: Names or a regular expression; wins over the targets.
         layers: Only layers of these indices (peft's `layers_to_transform`), where targets are names.
         layers_pattern: Name of the list that the index stands in, if not the first.
         rank_pattern: `{regular expression: r}` for the end of a module's name; the first that matches wins.
         alpha_pattern: The same for alpha.
         use_rslora: `s = alpha / sqrt(r)` (Kalajdzievski 2023).
+        use_dora: `y = m / |V| * V x + b` with `V = W + s A B` and a trained magnitude m for each output (Liu et al.
+            2024). Linear layers only.
         bias: `"none"`, `"all"` or `"lora_only"`: which of the base's biases the adapter has a trained copy of.
         modules_to_save: Ends of names of modules that the adapter has a whole trained copy of: heads, embeddings
             (`"norm"` means every module whose name ends so, `input_layernorm` too, as in peft).
-        init: `"default"` (A uniform in +-1/sqrt(in), as the reference) or `"gaussian"`.
+        trainable_tokens: Ids of tokens of which the adapter has vectors of its own, in a tied head too (peft's
+            `trainable_token_indices`); `{name: ids}` for another embedding than the input's.
+        init: `"default"` (A uniform in +-1/sqrt(in), as the reference), `"gaussian"`, or `"pissa"`: A B begins as the
+            kernel's principal part, which is taken off again (Meng et al. 2024). Linear layers only.
 
     Raises:
         MethodError: An option out of range, or a module that cannot hold what is asked.
@@ -80,8 +87,10 @@ class LoRA(Method):
     rank_pattern: Any = ()
     alpha_pattern: Any = ()
     use_rslora: bool = False
+    use_dora: bool = False
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
+    trainable_tokens: Any = ()
     init: str = "default"
 
     def __post_init__(self) -> None:
@@ -94,39 +103,10 @@ class LoRA(Method):
             set_(field, frozen_pattern(getattr(self, field)))
         saved = frozen_names(self.modules_to_save or ())
         set_("modules_to_save", (saved,) if isinstance(saved, str) else saved)
+        set_("trainable_tokens", frozen_tokens(self.trainable_tokens))
         if self.layers is not None:
             set_("layers", tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,))
-        refuse(MethodError, "LoRA: options that cannot be", self._problems())
-
-    def _problems(self) -> Iterable[str]:
-        ranks = [("r", self.r), *((f"rank_pattern[{key!r}]", r) for key, r in self.rank_pattern)]
-        for option, r in ranks:
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                yield f"{option}={r!r}: a rank is a whole number of at least 1"
-        alphas = [("alpha", self.alpha), *((f"alpha_pattern[{key!r}]", a) for key, a in self.alpha_pattern)]
-        for option, alpha in alphas:
-            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-                yield f"{option}={alpha!r}: give a finite number"
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            yield f"dropout={self.dropout!r}: give a rate of at least 0 and below 1"
-        if self.bias not in BIASES:
-            yield f"bias={self.bias!r}: choose one of {', '.join(map(repr, BIASES))}"
-        if self.init not in INITS:
-            yield f"init={self.init!r}: choose one of {', '.join(map(repr, INITS))}"
-        for option in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            given = getattr(self, option)
-            if not all(isinstance(name, str) and name for name in (given or ())):
-                yield f"{option}={given!r}: give names, or one regular expression"
-        patterns = [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
-        for key in [*patterns, *((self.layers_pattern,) if isinstance(self.layers_pattern, str) else ())]:
-            if (error := pattern_error(key)) is not None:
-                yield f"{key!r} is not a regular expression: {error}"
-        if not all(isinstance(i, int) and i >= 0 for i in self.layers or ()):
-            yield f"layers={self.layers!r}: give indices of layers"
-        if self.target_modules == ():
-            yield "target_modules=(): name at least one module"
-        if self.layers is not None and (not self.layers or isinstance(self.target_modules, str)):
-            yield f"layers={self.layers!r}: name at least one, and give target_modules as names"
+        refuse(MethodError, "LoRA: options that cannot be", lora_problems(self))
 
     def targets(self, model: Any) -> list[Target]:
         """Return the modules that are adapted, each with the layers that are meant.
@@ -135,9 +115,9 @@ class LoRA(Method):
             SelectionError: A part of the selection matches nothing.
         """
         wanted = self.resolved_targets(model)
-        check_names(model, "target_modules", wanted, is_linear, "linear layer")
+        check_names(model, "target_modules", wanted, takes_product, "linear layer or embedding")
         check_names(model, "exclude_modules", self.exclude_modules, anything, "module")
-        found = find(model, lambda name: self._accepts(name, wanted), is_linear)
+        found = find(model, lambda name: self._accepts(name, wanted), takes_product)
         if not found:
             limits = {
                 "exclude_modules": self.exclude_modules,
@@ -158,23 +138,12 @@ class LoRA(Method):
 
     def resolved_targets(self, model: Any) -> Names:
         """Return `target_modules` as names or a regular expression, with defaults and "all-linear" worked out."""
-        if self.target_modules is not None and self.target_modules != ALL_LINEAR:
-            return self.target_modules
-        default = getattr(model, "default_targets", None)
-        if self.target_modules is None and default is not None:
-            return tuple(default)
-        names = {name for n in all_linear(model, named_modules(model)) for name in n.names}
-        if not names:
-            raise MethodError(f"LoRA: this {type(model).__name__} has no linear layer (nnx.Linear) to adapt")
-        return tuple(sorted(names))
+        return resolved(model, self.target_modules, getattr(model, "default_targets", None), "LoRA")
 
     def _accepts(self, name: str, wanted: Names) -> bool:
-        if named(name, self.exclude_modules) or self._saves(name):
+        if named(name, self.exclude_modules) or saves(name, self.modules_to_save):
             return False
         return named(name, wanted) and (self.layers is None or layer_index(name, self.layers_pattern) in self.layers)
-
-    def _saves(self, name: str) -> bool:
-        return name.endswith(self.modules_to_save) if self.modules_to_save else False
 
     def scale(self, name: str) -> tuple[int, float]:
         """Return rank and scale of the module of this name."""
@@ -183,11 +152,11 @@ class LoRA(Method):
         return r, alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def fill(self, model: Any, name: str, key: jax.Array) -> None:
-        """Hang a low-rank product at every target, and copies where biases or whole modules are trained."""
+        """Hang a low-rank product at every target, and copies where biases, modules or rows are trained."""
         targets = self.targets(model)
-        make_seams(t.named.module for t in targets)
+        make_seams(t.named.module for t in targets if is_linear(t.named.module))
         for target in targets:
-            hang(target.named.module, "delta", name, self._low_rank(target, name, key))
+            hang(target.named.module, "delta", name, self._low_rank(model, target, name, key))
             log.info(
                 "%s - LoRA %r, rank %s",
                 target.named.path,
@@ -195,52 +164,73 @@ class LoRA(Method):
                 dict(zip(target.names, self._ranks(target), strict=True)),
             )
         self._copy_biases(model, targets, name)
-        self._copy_modules(model, name)
+        copy_modules(model, self.modules_to_save, name)
+        self._hang_tokens(model, name)
 
     def _ranks(self, target: Target) -> tuple[int, ...]:
         return tuple(self.scale(n)[0] for n in target.names)
 
-    def _low_rank(self, target: Target, name: str, key: jax.Array) -> LowRank:
+    def _low_rank(self, model: Any, target: Target, name: str, key: jax.Array) -> LowRank:
         module, path = target.named.module, target.named.path
-        *stack, width, out = kernel_shape(module)
+        *stack, width, out = module.embedding.shape if isinstance(module, Embed) else kernel_shape(module)
         lead = (len(target.picks),) if target.named.stacked else tuple(stack)
         ranks, scales = zip(*(self.scale(n) for n in target.names), strict=True)
         if max(ranks) > min(width, out):
             raise MethodError(
                 f"LoRA: rank {max(ranks)} for {path}, whose kernel is {width} x {out}: at most {min(width, out)}"
             )
-        if self.dropout and not passes_context(module):
+        if self.dropout and is_linear(module) and not passes_context(module):
             raise MethodError(
                 f"LoRA: dropout={self.dropout} cannot reach {path}, a layer of your own model, which is called without "
                 "a dropout key: use dropout=0"
             )
         key = jax.random.fold_in(key, number(path))
-        return LowRank(
-            (*lead, width, out),
-            logical_axes(module),
-            ranks=ranks,
-            scales=scales,
-            layers_held=target.layers_held,
-            rate=self.dropout,
-            number=number(f"{path}.{name}"),
-            a=INITS[self.init](key, (*lead, width, max(ranks))),
-        )
+        shape, axes = (*lead, width, out), logical_axes(module)
+        options: dict[str, Any] = {
+            "ranks": ranks,
+            "scales": scales,
+            "layers_held": target.layers_held,
+            "rate": self.dropout,
+            "number": number(f"{path}.{name}"),
+        }
+        if isinstance(module, Embed):
+            if self.use_dora or self.init == PISSA:
+                what = "use_dora=True" if self.use_dora else f"init={PISSA!r}"
+                raise MethodError(
+                    f"LoRA: {what} is for linear layers; {path} is an embedding, leave it out of the targets"
+                )
+            a, b = initial(key, width, out, max(ranks))
+            return LowRankEmbedding(shape, axes, a=a, b=b, **options)
+        if self.init == PISSA:
+            return PiSSA(shape, axes, kernel=kernel_of(model, module, target.layers_held), **options)
+        options["a"] = INITS[self.init](key, (*lead, width, max(ranks)))
+        if self.use_dora:
+            return DoRA(shape, axes, kernel=kernel_of(model, module, target.layers_held), **options)
+        return LowRank(shape, axes, **options)
+
+    def _hang_tokens(self, model: Any, name: str) -> None:
+        if not self.trainable_tokens:
+            return
+        head: Any = getattr(model, "lm_head", None)
+        if getattr(head, "kernel", head) is None and saves("lm_head", self.modules_to_save):
+            raise MethodError(
+                "LoRA: trainable_tokens changes the rows of the tied head too, and modules_to_save has a copy of it: "
+                "leave one of the two out"
+            )
+        hang_tokens(model, self.trainable_tokens, name)
 
     def _copy_biases(self, model: Any, targets: list[Target], name: str) -> None:
         if self.bias == "none":
             return
         if self.bias == "all":
-            targets = find(model, lambda n: not self._saves(n))
+            targets = find(model, lambda n: not saves(n, self.modules_to_save))
         having = [t for t in targets if getattr(t.named.module, "bias", None) is not None]
         if not having:
             raise MethodError(f"LoRA: bias={self.bias!r}, but no module that it means has a bias")
         for target in having:
             copy_leaves(target, ("bias",), name)
 
-    def _copy_modules(self, model: Any, name: str) -> None:
-        found = find(model, self._saves, has_leaves)
-        for end in self.modules_to_save:
-            if not any(n.endswith(end) for target in found for n in target.names):
-                check_names(model, "modules_to_save", (end,), has_leaves, "module with parameters")
-        for target in found:
-            copy_leaves(target, LEAVES, name, tied=getattr(model, "tied_kernel", None))
+
+def takes_product(module: Any) -> bool:
+    """Tell whether a low-rank product can hang at a module: a linear layer, or an embedding of ours."""
+    return is_linear(module) or isinstance(module, Embed)

@@ -60,7 +60,10 @@ class LowRank(nnx.Module):
         rate: Dropout on the input.
         number: Static number that the dropout key is folded with.
         a: Initial A, `(*lead, in, r)`.
+        b: Initial B, `(*lead, r, out)`; None: zeros.
     """
+
+    reversible = True
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class LowRank(nnx.Module):
         rate: float,
         number: int,
         a: jax.Array,
+        b: jax.Array | None = None,
     ):
         *lead, _, out = shape
         outer = ("layers",) * len(lead)
@@ -80,30 +84,39 @@ class LowRank(nnx.Module):
         gate = np.where(live, np.array(scales)[:, None], 0).astype(np.float32)
         gate = np.broadcast_to(gate.reshape(*(lead if len(ranks) > 1 else (1,) * len(lead)), -1), (*lead, max(ranks)))
         self.a = Delta(a, axes=(*outer, axes[0], "rank"))
-        self.b = Delta(jnp.zeros((*lead, max(ranks), out)), axes=(*outer, "rank", axes[1]))
+        b = jnp.zeros((*lead, max(ranks), out)) if b is None else b
+        self.b = Delta(b, axes=(*outer, "rank", axes[1]))
         self.gate = Const(jnp.asarray(gate))
         self.ranks, self.layers_held, self.rate, self.number = ranks, layers_held, rate, number
 
     def __call__(self, linear: Any, x: jax.Array, y: jax.Array, ctx: Context, weight: jax.Array) -> jax.Array:
         """Return what the adapter adds to the output `[..., out]` of a linear layer, given its input `[..., in]`."""
         del linear, y
-        if weight.ndim:
-            weight = weight.reshape(-1, *(1,) * (x.ndim - 1))
-        h = narrow_product(dropout(x, self.rate, ctx.key_for(self.number)), self.a.get_value())
-        gate = self.gate.get_value()
-        h = h * (lift(gate, h) * lift(weight, h)).astype(h.dtype)
-        return narrow_product(h, self.b.get_value())
+        a, b, gate = self.factors()
+        h = narrow_product(dropout(x, self.rate, ctx.key_for(self.number)), a)
+        h = h * (lift(gate, h) * per_row(weight, h)).astype(h.dtype)
+        return narrow_product(h, b)
 
-    def kernel_change(self) -> jax.Array:
-        """Return what the adapter adds to the kernel, `(*lead, in, out)` in float32."""
-        gate = self.gate.get_value()
-        return jnp.matmul(self.a.get_value() * gate[..., None, :], self.b.get_value(), precision="highest")
+    def factors(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return A, B and gate of the plain low-rank product that this one is."""
+        return self.a.get_value(), self.b.get_value(), self.gate.get_value()
+
+    def kernel_change(self, kernel: jax.Array) -> jax.Array:
+        """Return what the adapter adds to a kernel, `(*lead, in, out)` in float32."""
+        del kernel
+        a, b, gate = self.factors()
+        return jnp.matmul(a * gate[..., None, :], b, precision="highest")
 
     def parameter_counts(self) -> tuple[int, int]:
         """Count the trained numbers of A and of B, padding left out."""
         a, b = self.a.get_value(), self.b.get_value()
         ranks = sum(self.ranks) * (math.prod(a.shape[:-2]) if len(self.ranks) == 1 else 1)
         return ranks * a.shape[-2], ranks * b.shape[-1]
+
+
+def per_row(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """Give an adapter's weight, a scalar or one for each row `[B, 1, 1]`, the rank of `x`."""
+    return weight.reshape(-1, *(1,) * (x.ndim - 1)) if weight.ndim else lift(weight, x)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -8,9 +8,11 @@ from typing import Any
 
 from ..errors import MethodError, SelectionError, nearest
 from ..models.names import Named, named_modules
+from .linear import all_linear
 
 log = logging.getLogger("jaxft")
 
+ALL_LINEAR = "all-linear"
 Names = str | tuple[str, ...] | None
 
 
@@ -137,3 +139,25 @@ def check_pattern(option: str, pattern: tuple[tuple[str, Any], ...], names: list
         if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
             shorts = {name.rsplit(".", 1)[-1] for name in names}
             raise SelectionError(f"{option} key {key!r} matches no module that is adapted; {nearest(key, shorts)}")
+
+
+def resolved(model: Any, wanted: Names, default: tuple[str, ...] | None, method: str) -> Names:
+    """Return a selection as names or a regular expression, with None (the default) and "all-linear" worked out.
+
+    Args:
+        model: The model.
+        wanted: What was asked for.
+        default: What None means; where that is None too, every linear layer.
+        method: The method's name, for the message.
+
+    Raises:
+        MethodError: The model has no linear layer.
+    """
+    if wanted is not None and wanted != ALL_LINEAR:
+        return wanted
+    if wanted is None and default is not None:
+        return tuple(default)
+    names = {name for n in all_linear(model, named_modules(model)) for name in n.names}
+    if not names:
+        raise MethodError(f"{method}: this {type(model).__name__} has no linear layer (nnx.Linear) to adapt")
+    return tuple(sorted(names))

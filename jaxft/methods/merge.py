@@ -15,12 +15,15 @@ from ..models.stack import spread
 from .linear import put, unseam
 from .method import adapters, copy_tree, forget_adapters
 
+LEAVES = ("kernel", "embedding", "bias")
+
 
 def merge(model: Any) -> Any:
     """Return a plain model that computes what the base with its active adapters computes; the adapters are gone.
 
-    `kernel + sum_n w_n delta_n`, in float32, then in the base's dtype. A tied head that an adapter changed gets a
-    kernel of its own, and the embedding stays.
+    `kernel + sum_n w_n delta_n`, in float32, then in the base's dtype, and biases likewise. A tied head that an
+    adapter changed gets a kernel of its own, and the embedding stays; one whose embedding alone was changed keeps what
+    it called (token rows are the head's too).
 
     Args:
         model: A model with adapters, weighted by an array `[n]`.
@@ -35,18 +38,18 @@ def merge(model: Any) -> Any:
     {}
     """
     fresh, ctx = _prepared(model)
-    _refuse_bottlenecks(fresh)
     tied = fresh.tied_kernel() if isinstance(fresh, CausalLM) else None
     for n in _adapted(fresh):
         _merge_copies(n, ctx, tied)
-        change = _kernel_change(n, ctx)
-        if change is not None:
-            _add_to_kernel(n.module, change, tied)
+        for leaf, value in _leaves(n.module, tied):
+            change = _change(n, leaf, value, ctx)
+            if change is not None:
+                put(n.module, leaf, (value.astype(jnp.float32) + change).astype(value.dtype))
+        if tied is not None and n.module is fresh.backbone.input_embedding():
+            _untie(fresh, n, tied, ctx)
         for slot in SLOTS:
             if hasattr(n.module, slot):
                 setattr(n.module, slot, nnx.data(None))
-        if tied is not None and n.module is fresh.backbone.input_embedding() and fresh.lm_head.kernel is None:
-            put(fresh.lm_head, "kernel", tied)  # an adapter's copy of the table is for looking up, not for the head
     for _, module in list(nnx.iter_modules(fresh)):
         unseam(module)
     forget_adapters(fresh)
@@ -65,7 +68,8 @@ def unmerge(model: Any) -> Any:
         The base as it was, with the adapters still attached and active.
 
     Raises:
-        MethodError: An adapter has copies of whole leaves (`modules_to_save`, `bias`): what stood there is gone.
+        MethodError: An adapter put something in the place of the base's values, which are gone: copies of whole
+            leaves (`modules_to_save`, `bias`), token rows, DoRA's magnitudes, an IA3 vector with a zero.
 
     >>> import jax, jaxft
     >>> base = jaxft.testing.tiny_llama()
@@ -75,13 +79,20 @@ def unmerge(model: Any) -> Any:
     True
     """
     fresh, ctx = _prepared(model)
-    _refuse_bottlenecks(fresh)
     for n in _adapted(fresh):
         if getattr(n.module, "saved", None) is not None:
             raise MethodError(f"{n.path} was replaced by the adapter's copy: the base's own values cannot be had back")
-        change = _kernel_change(n, ctx)
-        if change is not None:
-            _add_to_kernel(n.module, -change, fresh.tied_kernel() if isinstance(fresh, CausalLM) else None)
+        for delta in (n.module.delta or {}).values():
+            if not delta.reversible:
+                raise MethodError(f"{n.path}: a {type(delta).__name__} replaces what it is merged into, for good")
+        for leaf, value in _leaves(n.module, fresh.tied_kernel() if isinstance(fresh, CausalLM) else None):
+            # What is added is `slope * value + rest`, number by number.
+            rest = _change(n, leaf, jnp.zeros(value.shape), ctx)
+            if rest is not None:
+                slope = _change(n, leaf, jnp.ones(value.shape), ctx) - rest
+                if bool((slope == -1).any()):
+                    raise MethodError(f"{n.path} was scaled by 0: the base's own values cannot be had back")
+                put(n.module, leaf, ((value.astype(jnp.float32) - rest) / (1 + slope)).astype(value.dtype))
     return place(fresh)
 
 
@@ -93,11 +104,17 @@ def _prepared(model: Any) -> tuple[Any, Context]:
     if weights.ndim > 1:
         raise MethodError("each row has adapter weights of its own; choose one set first, with jaxft.set_adapter")
     ctx = Context(weights=weights, names=tuple(adapters(model)))
-    hung = {name for slot in ("past", "prompt") for name in (getattr(model, slot, None) or {})}
+    before = "it stands before the sequence"
+    kept = {"join": "a non-linearity is in no kernel", "past": before, "prompt": before}
     refuse(
         MethodError,
-        "what stands before the sequence cannot be folded into weights: keep the adapter, or detach it first",
-        [f"{name!r} is {type(method).__name__}" for name, method in adapters(model).items() if name in hung],
+        "not all can be folded into weights: keep the adapter, or take it off first with jaxft.detach",
+        [
+            f"{n.path or 'the model'} has the {type(hung).__name__} of {name!r}: {why}"
+            for slot, why in kept.items()
+            for n in _adapted(model)
+            for name, hung in (getattr(n.module, slot, None) or {}).items()
+        ],
     )
     return copy_tree(model), ctx
 
@@ -106,27 +123,38 @@ def _adapted(model: Any) -> list[Named]:
     return [n for n in named_modules(model) if any(getattr(n.module, slot, None) is not None for slot in SLOTS)]
 
 
-def _refuse_bottlenecks(model: Any) -> None:
-    """Refuse what hangs at a join: its non-linearity is in no kernel."""
-    refuse(
-        MethodError,
-        "a bottleneck adapter cannot be folded into kernels; keep it, or take it off first with jaxft.detach",
-        [f"{n.path} has that of {name!r}" for n in _adapted(model) for name in getattr(n.module, "join", None) or {}],
-    )
+def _leaves(module: Any, tied: jax.Array | None) -> list[tuple[str, Any]]:
+    """Return the leaves of a module that deltas may change, as (name, value); the tied kernel is a head's."""
+    values = {leaf: own.get_value() for leaf in LEAVES if (own := getattr(module, leaf, None)) is not None}
+    if tied is not None and getattr(module, "kernel", tied) is None:
+        values["kernel"] = tied
+    return list(values.items())
 
 
-def _kernel_change(n: Named, ctx: Context) -> jax.Array | None:
-    """Return the weighted sum of what the deltas add to a kernel, `(*lead, in, out)`; None where there are none."""
-    change = None
+def _change(n: Named, leaf: str, value: jax.Array, ctx: Context) -> Any:
+    """Return the weighted sum of what the deltas add to a leaf, in float32; None where they leave it as it is."""
+    total = None
     for name, delta in (getattr(n.module, "delta", None) or {}).items():
-        one = ctx.weight(name) * spread(delta, len(n.names)).kernel_change()
-        change = one if change is None else change + one
-    return change
+        whole = spread(delta, len(n.names))
+        changes = getattr(whole, "bias_change" if leaf == "bias" else "kernel_change", None)
+        if changes is not None:
+            one = ctx.weight(name) * changes(value)
+            total = one if total is None else total + one
+    return total
 
 
-def _add_to_kernel(module: Any, change: jax.Array, tied: jax.Array | None) -> None:
-    kernel: Any = tied if module.kernel is None else module.kernel.get_value()
-    put(module, "kernel", (kernel.astype(jnp.float32) + change).astype(kernel.dtype))
+def _untie(model: Any, n: Named, tied: jax.Array, ctx: Context) -> None:
+    """Give a head a kernel of its own where its embedding is no longer the table that it calls.
+
+    Copies of the table, and low-rank products beside it, are for looking up alone; token rows are for both.
+    """
+    deltas = n.module.delta or {}
+    both = {name: delta for name, delta in deltas.items() if hasattr(delta, "at_head")}
+    if n.module.saved is None and len(both) == len(deltas) and model.lm_head.kernel is None:
+        return
+    kernel = tied if model.lm_head.kernel is None else model.lm_head.kernel.get_value()
+    change = sum(ctx.weight(name) * delta.kernel_change(tied.T).T for name, delta in both.items())
+    put(model.lm_head, "kernel", (kernel.astype(jnp.float32) + change).astype(kernel.dtype))
 
 
 def _merge_copies(n: Named, ctx: Context, tied: jax.Array | None) -> None:

@@ -55,11 +55,10 @@ def _readopt(model: Any, method: Method, name: str) -> Any:
         else:
             new[path].set_value(have)
     held, holds = held_layers(model, name), held_layers(fresh, name)
-    moved = [path for path in held if held[path] != holds.get(path, held[path])]
-    wrong += [f"{path} is for layers {held[path][0]}, the method's for {holds[path][0]}" for path in moved]
-    does, would = computed(model, name), computed(fresh, name)
-    other = [path for path in does if does[path] != would.get(path, does[path])]
-    wrong += [f"{path} computes {does[path]}, the method's {would[path]}" for path in other]
+    for path in sorted(set(held) & set(holds)):
+        for what, one in held[path].items():
+            if one != (other := holds[path][what]):
+                wrong.append(f"{path}: {what} {one}, the method's {other}")
     headline = f"the model already carries an adapter {name!r} that {type(method).__name__} does not describe"
     refuse(MethodError, f"{headline}; give its own options, no method (None), or another name", wrong)
     if getattr(model, "adapter_weights", None) is not None:
@@ -72,21 +71,16 @@ def _readopt(model: Any, method: Method, name: str) -> Any:
     return fresh
 
 
-def held_layers(model: Any, name: str) -> dict[str, Any]:
-    """Return, by path, which layers (and ranks) each thing that an adapter hangs up is for; None is all of them."""
+def held_layers(model: Any, name: str) -> dict[str, dict[str, Any]]:
+    """Return, by path, of what kind each thing is that an adapter hangs up, for which layers, and what it computes."""
     return {
-        dotted(path): (module.layers_held, getattr(module, "ranks", None))
+        dotted(path): {
+            "layers": module.layers_held,
+            **{what: getattr(module, what, None) for what in ("ranks", "tokens", "computes")},
+            "the class": type(module).__name__,
+        }
         for path, module in nnx.iter_modules(model)
         if hasattr(module, "layers_held") and path[-1] == name
-    }
-
-
-def computed(model: Any, name: str) -> dict[str, Any]:
-    """Return, by path, the options that decide what each thing that an adapter hangs up computes of its leaves."""
-    return {
-        dotted(path): module.computes
-        for path, module in nnx.iter_modules(model)
-        if hasattr(module, "computes") and path[-1] == name
     }
 
 

@@ -27,6 +27,7 @@ class CausalLM(nnx.Module):
     prefix: ClassVar[str]
     config_class: ClassVar[type[ModelConfig]]
     default_targets: ClassVar[tuple[str, ...]]
+    default_ia3: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]]  # scaled modules, and which of them at their input
     disposable: ClassVar[str] = ""
 
     lm_head: Any
@@ -78,7 +79,10 @@ class CausalLM(nnx.Module):
         """Map `[B, T, D]` to logits `[B, T, V]`."""
         ctx = self.context(len(hidden), key)
         hidden = constrain(hidden, ctx.mesh, "batch", None, None)
-        return constrain(self.lm_head(hidden, ctx, self.tied_kernel()), ctx.mesh, "batch", None, "vocab")
+        logits = self.lm_head(hidden, ctx, self.tied_kernel())
+        if self.lm_head.kernel is None:
+            logits = self.backbone.input_embedding().follow(hidden, logits, ctx)
+        return constrain(logits, ctx.mesh, "batch", None, "vocab")
 
     def tied_kernel(self) -> jax.Array | None:
         """Return the kernel `[D, V]` that a head without one of its own calls: the embedding, transposed."""

@@ -230,6 +230,7 @@ class Gemma2ForCausalLM(LlamaForCausalLM):
 
     config: Gemma2Config
     model_type = "gemma2"
+    default_ia3 = (("q_proj", "v_proj", "down_proj"), ("down_proj",))
     config_class: ClassVar[type[ModelConfig]] = Gemma2Config
     layer = Gemma2Layer
     backbone_class = Gemma2Model

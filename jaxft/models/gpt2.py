@@ -160,6 +160,7 @@ class GPT2LMHeadModel(CausalLM):
     prefix = "transformer"
     config_class = GPT2Config
     default_targets = ("c_attn",)
+    default_ia3 = (("c_attn", "mlp.c_proj"), ("mlp.c_proj",))
     disposable = r".*attn\.(masked_)?bias"
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.rules import constrain
-from .seams import Context, add_deltas, lift, mix, read
+from .seams import Context, add_deltas, lift, mix, read, scale_input
 
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -83,11 +83,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context, kernel: jax.Array | None = None) -> jax.Array:
         """Map `[B, T, in]` to `[B, T, out]`; `kernel` is the tied one, where this module has none."""
-        y = dot(x, read(self, "kernel", ctx, kernel))
+        y = dot(scale_input(self, x, ctx), read(self, "kernel", ctx, kernel))
         bias = read(self, "bias", ctx)
         if bias is not None:
             y = y + lift(bias.astype(y.dtype), y)
-        return add_deltas(self, x, y, ctx)
+        return add_deltas(self, x, y, ctx if kernel is None else ctx.replace(kernel=kernel))
 
 
 class Join(nnx.Module):
@@ -126,30 +126,47 @@ class Join(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """A table of vectors; `attend` uses it as an output head."""
+    """A table of vectors, with the seams `delta` and `saved`; a tied output head calls it."""
 
     def __init__(self, size: int, features: int, *, axes: tuple[str, str] = ("vocab", "embed"), rngs: nnx.Rngs):
-        self.embedding = nnx.Param(normal(rngs, (size, features)), axes=axes)
+        self.embedding, self.axes = nnx.Param(normal(rngs, (size, features)), axes=axes), axes
+        self.delta: Any = nnx.data(None)
         self.saved: Any = nnx.data(None)
 
     def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
         """Look ids `[B, T]` up: `[B, T, D]`. Copies are mixed after the look-up, so a row may have its own."""
-        # On a mesh each device looks up its part of every vector, and the parts change places: the table, and its
-        # gradient, are never whole on a device.
-        ids = constrain(ids, ctx.mesh, "data", None)
-
-        def look_up(table: jax.Array) -> jax.Array:
-            parts = constrain(table[ids], ctx.mesh, "data", None, "embed")
-            return constrain(parts, ctx.mesh, "batch", None, None)
-
-        rows = look_up(self.embedding.get_value())
+        rows = look_up(self.embedding.get_value(), ids, ctx)
         for name, copies in (self.saved or {}).items():
-            rows = mix(rows, look_up(copies.embedding.get_value()), ctx.weight(name))
-        return rows
+            rows = mix(rows, look_up(copies.embedding.get_value(), ids, ctx), ctx.weight(name))
+        return add_deltas(self, ids, rows, ctx)
+
+    def follow(self, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:
+        """Add to the logits of a tied head what those deltas make of them that change its rows too.
+
+        Args:
+            x: What the head reads, `[B, T, D]`.
+            y: Its logits, `[B, T, V]`.
+            ctx: Weights and names.
+        """
+        for name, delta in (self.delta or {}).items():
+            if hasattr(delta, "at_head"):
+                y = delta.at_head(self, x, y, ctx.weight(name))
+        return y
 
     def as_kernel(self) -> jax.Array:
         """Return the table as the kernel `[D, V]` of a tied head: the base's, as in peft, not an adapter's copy."""
         return self.embedding.get_value().T
+
+
+def look_up(table: jax.Array, ids: jax.Array, ctx: Context) -> jax.Array:
+    """Return rows of a table `[V, D]` for ids `[B, T]`: `[B, T, D]`.
+
+    On a mesh each device looks up its part of every vector, and the parts change places: the table, and its gradient,
+    are never whole on a device.
+    """
+    ids = constrain(ids, ctx.mesh, "data", None)
+    parts = constrain(table[ids], ctx.mesh, "data", None, "embed")
+    return constrain(parts, ctx.mesh, "batch", None, None)
 
 
 class RMSNorm(nnx.Module):

@@ -177,6 +177,7 @@ class LlamaForCausalLM(CausalLM):
     prefix = "model"
     config_class: ClassVar[type[ModelConfig]] = LlamaConfig
     default_targets = ("q_proj", "v_proj")
+    default_ia3 = (("k_proj", "v_proj", "down_proj"), ("down_proj",))
     disposable = r".*rotary_emb\.inv_freq"
     layer: ClassVar[type[nnx.Module]] = LlamaLayer
     backbone_class: ClassVar[type[LlamaModel]] = LlamaModel

@@ -101,6 +101,7 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
     """A Qwen2 or 2.5 with its output head."""
 
     model_type = "qwen2"
+    default_ia3 = (("q_proj", "v_proj", "down_proj"), ("down_proj",))
     config_class = Qwen2Config
     layer = Qwen2Layer
     biases = ()
@@ -110,6 +111,7 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
     """A Qwen3 with its output head."""
 
     model_type = "qwen3"
+    default_ia3 = (("q_proj", "v_proj", "down_proj"), ("down_proj",))
     config_class = Qwen3Config
     layer = Qwen3Layer
     biases = ("attention_bias",)

@@ -87,6 +87,7 @@ class Context:
         rope: Cosines and sines `[B, 1, T, head_dim / 2]`, float32, where the family rotates.
         layer: Index of the layer, inside the stack.
         past: What stands before the sequence in attention.
+        kernel: What the module was given for a kernel, which has none of its own (a tied output head).
         names: Names of the adapters, in the order of `weights`.
         mesh: The mesh that the model lies on; None: one device.
     """
@@ -98,6 +99,7 @@ class Context:
     rope: tuple[jax.Array, jax.Array] | None = None
     layer: jax.Array | None = None
     past: Past | None = None
+    kernel: jax.Array | None = None
     names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -166,6 +168,19 @@ def read(module: Any, leaf: str, ctx: Context, base: jax.Array | None = None) ->
         if hasattr(copies, leaf):
             value = mix(value, getattr(copies, leaf).get_value(), ctx.weight(name) * copies.gate.get_value())
     return value
+
+
+def scale_input(module: Any, x: jax.Array, ctx: Context) -> jax.Array:
+    """Return what a module reads: `x (1 + sum_n w_n (l_n - 1))` where adapters scale its input, else `x` itself.
+
+    Args:
+        module: A module with the slot `delta`.
+        x: `[..., in]`.
+        ctx: Weights and names.
+    """
+    deltas = (module.delta or {}).items()
+    changes = [delta.of_input(x, ctx.weight(name)) for name, delta in deltas if hasattr(delta, "of_input")]
+    return (x.astype(jnp.float32) * (1 + sum(changes))).astype(x.dtype) if changes else x
 
 
 def add_deltas(module: Any, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:

@@ -11,8 +11,9 @@ from ..errors import CheckpointError, RunError
 from ..generation.generate import generate_ids, stops_of
 from ..interop.export import save_model
 from ..interop.folder import load_adapter, save_adapter
+from ..interop.peft import FORMATS
+from ..interop.serving import save_serving
 from ..loading import load
-from ..methods import LoRA
 from ..methods.merge import merge
 from ..methods.method import adapters
 from ..methods.switch import set_adapter
@@ -82,7 +83,8 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
 
     Args:
         run: The run.
-        form: `"peft"`: its adapter; `"merged"`: a whole model in Hugging Face layout, tokenizer included.
+        form: `"peft"`: its adapter; `"serving"`: its adapter as the plain LoRA that engines read; `"merged"`: a whole
+            model in Hugging Face layout, tokenizer included.
         output: A new or empty folder.
 
     Returns:
@@ -90,6 +92,7 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
 
     Raises:
         RunError: The folder is not empty, or peft cannot express what the run has made.
+        MethodError: A plain LoRA cannot.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -101,7 +104,9 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
     hint = "export it with --format merged"
     if run.model.is_dir():
         raise RunError(f"{run.path}: it trained the whole model, so there is no adapter; {hint}")
-    if len(carried) != 1 or not isinstance(next(iter(carried.values())), LoRA):
+    if len(carried) == 1 and form == "serving":
+        return save_serving(model, output, name=next(iter(carried)))
+    if len(carried) != 1 or type(next(iter(carried.values()))) not in FORMATS:
         what = " over ".join(type(m).__name__ for m in reversed(carried.values())) or "what it trained"
         raise RunError(f"{run.path}: a peft folder cannot express {what}; {hint}")
     return save_adapter(model, output, name=next(iter(carried)))

@@ -172,7 +172,7 @@ def test_the_method_must_describe_the_adapter_that_is_there():
 
 def test_other_layers_are_another_adapter():
     model = jaxft.attach(tiny_llama(), jaxft.LoRA(r=2, layers=(0,), target_modules=("q_proj",)))
-    with pytest.raises(jaxft.MethodError, match=r"delta.default is for layers \(0,\), the method's for \(1,\)"):
+    with pytest.raises(jaxft.MethodError, match=r"delta.default: layers \(0,\), the method's \(1,\)"):
         jaxft.TrainState.create(model, jaxft.LoRA(r=2, layers=(1,), target_modules=("q_proj",)), optax.sgd(1.0))
 
 
