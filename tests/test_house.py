@@ -28,6 +28,7 @@ ROWS = [
     ["tasks"],
     ["flops"],
     ["plan"],
+    ["compare"],
     ["testing"],
     ["__init__"],
     ["cli"],
@@ -72,9 +73,10 @@ INSIDE = {
     "interop": ["entries", "peft_lora", "peft", "folder", "export", "__init__"],
     "testing": ["tiny", "laws", "__init__"],
 }
-INSIDE["methods"] += ["report", "switch", "merge"]
+INSIDE["methods"] += ["report", "switch", "merge", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
-INSIDE["train"] += ["trackers", "stop", "lock", "__init__"]
+INSIDE["train"] += ["trackers", "stop", "lock", "memory", "__init__"]
+INSIDE["compare"] = ["contestants", "runs", "table", "picture", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
