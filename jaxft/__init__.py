@@ -20,11 +20,13 @@ from .interop.export import save_model
 from .interop.folder import load_adapter, save_adapter
 from .loading import load
 from .methods import BitFit, Full, LoRA, Method
+from .methods.average import average_adapters
 from .methods.merge import merge, unmerge
 from .methods.method import adapters, attach, detach
 from .methods.partition import combine, leaves, partition, select, trainable_mask
 from .methods.report import ParameterReport, parameter_report
 from .methods.switch import set_adapter
+from .methods.weighted import add_weighted_adapter
 from .parallel import make_mesh
 from .train.optimizer import decay_mask
 from .train.state import TrainState
@@ -52,7 +54,9 @@ __all__ = [
     "SelectionError",
     "TrainState",
     "adapters",
+    "add_weighted_adapter",
     "attach",
+    "average_adapters",
     "combine",
     "data",
     "decay_mask",

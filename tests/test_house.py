@@ -73,7 +73,7 @@ INSIDE = {
     "interop": ["entries", "peft_lora", "peft", "folder", "export", "__init__"],
     "testing": ["tiny", "laws", "__init__"],
 }
-INSIDE["methods"] += ["report", "switch", "merge", "combine", "weighted"]
+INSIDE["methods"] += ["report", "switch", "merge", "average", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
 INSIDE["train"] += ["trackers", "stop", "lock", "memory", "__init__"]
 INSIDE["compare"] = ["contestants", "runs", "table", "picture", "__init__"]
@@ -131,6 +131,7 @@ def test_public_names():
         *("PartitionError", "SelectionError", "BitFit", "Full", "LoRA", "Method", "ParameterReport", "TrainState"),
         *("adapters", "attach", "combine", "decay_mask", "detach", "generate", "generate_ids", "leaves", "load"),
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
+        *("add_weighted_adapter", "average_adapters"),
         *("save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
     }
 

@@ -27,6 +27,7 @@ def draw_methods(found: Mapping[str, Any], title: str = "") -> Any:
     if found["target_loss"] is not None:
         middle.axhline(found["target_loss"], color="gray", linewidth=0.8, linestyle=":")
     left.legend(frameon=False, fontsize="small", ncols=1 + len(good) // 7)
+    _zoom((left, middle), good)
     _scatter(right, good, [run["name"] for run in good], colors)
     return figure
 
@@ -57,6 +58,7 @@ def draw_sweep(found: Mapping[str, Any], title: str = "") -> Any:
         middle.plot(*_curve(run), color=shades[run["value"]], linestyle=style, linewidth=1.8, label=label)
     middle.legend(frameon=False, fontsize="small", title=found["key"])
     middle.set(xlabel="step", title="On the way")
+    _zoom((middle,), good)
     _scatter(right, good, [str(run["value"]) for run in good], [shades[run["value"]] for run in good])
     return figure
 
@@ -70,6 +72,7 @@ def _figure(panels: int, title: str) -> tuple[Any, Any]:
     for axes in every:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if title:
         figure.suptitle(title)
     return figure, every
@@ -88,6 +91,15 @@ def _curve(run: Mapping[str, Any]) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [loss for _, loss in pairs]
 
 
+def _zoom(every: tuple[Any, ...], runs: list[Any]) -> None:
+    """Leave the first part out, where all fall from the same height: it would squeeze what sets them apart."""
+    late = [losses[1:] for run in runs if len(losses := _curve(run)[1]) > 3]
+    if len(late) == len(runs):
+        low, high = min(map(min, late)), max(map(max, late))
+        for axes in every:
+            axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+
+
 def _scatter(axes: Any, runs: list[Any], names: list[str], colors: list[Any]) -> None:
     """Draw the loss at the end against the share that is trained, each point with its name."""
     shown = [(run, n, c) for run, n, c in zip(runs, names, colors, strict=True) if run["after"]["loss"] is not None]
@@ -96,5 +108,6 @@ def _scatter(axes: Any, runs: list[Any], names: list[str], colors: list[Any]) ->
         axes.plot(*at, marker="o", markersize=8, color=color, linestyle="")
         axes.annotate(name, at, (0, (8, -15)[i % 2]), textcoords="offset points", ha="center", fontsize="small")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(0.18)
     axes.set(xlabel="trained parameters (% of all)", title="What it costs, what it gives")
