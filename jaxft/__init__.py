@@ -21,11 +21,13 @@ from .interop.folder import load_adapter, save_adapter
 from .interop.serving import save_serving
 from .loading import load
 from .methods import IA3, Adapter, BitFit, Full, LoRA, Method, PrefixTuning, PromptTuning, PTuning, PTuningV2
+from .methods.average import average_adapters
 from .methods.merge import merge, unmerge
 from .methods.method import adapters, attach, detach
 from .methods.partition import combine, leaves, partition, select, trainable_mask
 from .methods.report import ParameterReport, parameter_report
 from .methods.switch import set_adapter
+from .methods.weighted import add_weighted_adapter
 from .parallel import make_mesh
 from .train.optimizer import decay_mask
 from .train.state import TrainState
@@ -59,7 +61,9 @@ __all__ = [
     "SelectionError",
     "TrainState",
     "adapters",
+    "add_weighted_adapter",
     "attach",
+    "average_adapters",
     "combine",
     "data",
     "decay_mask",

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -154,10 +155,56 @@ def plan(
     print(json.dumps(dataclasses.asdict(made)) if as_json else made)
 
 
+@app.command()
+def compare(
+    config: ConfigFile,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, or names of the config's `compare`.", metavar="full,lora,...")
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="Each at every value of one key: method.r=1,2,4.", metavar="key.sub=value,...")
+    ] = None,
+    target_loss: Annotated[
+        float | None, typer.Option(help="Loss that the time is measured to; by default one that all have reached.")
+    ] = None,
+    sets: Overrides = None,
+    output: Annotated[str | None, typer.Option(help="Another folder for the comparison.", metavar="DIR")] = None,
+) -> None:
+    """Train methods side by side on the same data, seed and budget; the same command goes on where it was stopped."""
+    from . import compare as c
+    from .run import write_whole
+    from .train.stop import Stopped
+
+    made = c.contestants(config, methods, sweep, [*(sets or ()), *_output(output)])
+    try:
+        errors = c.run_all(made)
+    except (KeyboardInterrupt, Stopped) as left:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise typer.Exit(75 if isinstance(left, Stopped) else 130) from None
+    key = sweep.partition("=")[0] if sweep else None
+    found = c.measure(made, errors, key=key, target=target_loss)
+    stem = os.path.join(os.path.dirname(made[0].config.output), f"sweep-{key}" if key else "compare")
+    table = c.as_markdown(found)
+    write_whole(Path(f"{stem}.json"), json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    write_whole(Path(f"{stem}.md"), table)
+    print(f"\n{table}\n{stem}.json and .md", end="")
+    if len(errors) < len(made):
+        (c.draw_sweep if key else c.draw_methods)(found, title=config).savefig(f"{stem}.png", dpi=120)
+        print(f" hold the figures, {stem}.png the picture")
+    else:
+        print(" tell why")
+    if errors:
+        raise typer.Exit(1)
+
+
 def _config(file: str, sets: list[str] | None, output: str | None = None) -> Any:
     from .config import load_config
 
-    return load_config(file, [*(sets or ()), *([f"output={json.dumps(output)}"] if output else [])])
+    return load_config(file, [*(sets or ()), *_output(output)])
+
+
+def _output(folder: str | None) -> list[str]:
+    return [f"output={json.dumps(folder)}"] if folder else []
 
 
 def _devices(mesh: Any) -> str:

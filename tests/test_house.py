@@ -28,6 +28,7 @@ ROWS = [
     ["tasks"],
     ["flops"],
     ["plan"],
+    ["compare"],
     ["testing"],
     ["__init__"],
     ["cli"],
@@ -84,12 +85,24 @@ INSIDE = {
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing", "__init__"],
     "config": ["tree", "schema", "load", "__init__"],
     "tasks": ["__init__", "sft", "fingerprints", "train", "use"],
-    "interop": ["entries", "adapters", "peft_lora", "peft_ia3", "peft_virtual", "peft", "folder", "serving", "export"],
+    "interop": [
+        "entries",
+        "adapters",
+        "peft_lora",
+        "peft_ia3",
+        "peft_virtual",
+        "peft",
+        "folder",
+        "serving",
+        "export",
+        "__init__",
+    ],
     "testing": ["tiny", "laws", "__init__"],
 }
-INSIDE["methods"] += ["report", "switch", "merge"]
+INSIDE["methods"] += ["report", "switch", "merge", "average", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
-INSIDE["train"] += ["trackers", "stop", "lock", "__init__"]
+INSIDE["train"] += ["trackers", "stop", "lock", "memory", "__init__"]
+INSIDE["compare"] = ["contestants", "runs", "table", "picture", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -156,6 +169,7 @@ def test_public_names():
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
         *("PTuning", "PTuningV2", "PrefixTuning", "PromptTuning"),
         *("IA3", "save_serving", "save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
+        *("add_weighted_adapter", "average_adapters"),
     }
 
 

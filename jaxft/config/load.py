@@ -113,8 +113,9 @@ def _override(tree: Any, places: Places, override: str) -> list[str]:
 
 def _normal(tree: dict[str, Any], places: Places) -> None:
     """Write short forms out: a source as a list of sources with format and name, one method as a list of one."""
-    method = tree.get("method")
-    tree["method"] = method if method is None or isinstance(method, list) else [method]
+    for holder in _holders(tree).values():
+        method = holder.get("method")
+        holder["method"] = method if method is None or isinstance(method, list) else [method]
     data = tree.get("data")
     if not isinstance(data, dict):
         return
@@ -141,11 +142,21 @@ def _normal(tree: dict[str, Any], places: Places) -> None:
                 taken.append(source["name"])
 
 
+def _holders(tree: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+    """Return what may hold a method, by path: the config itself, and what is compared."""
+    compared = tree.get("compare")
+    entries = compared.items() if isinstance(compared, dict) else ()
+    return {(): tree, **{("compare", name): entry for name, entry in entries if isinstance(entry, dict)}}
+
+
 def _method_problems(tree: dict[str, Any], places: Places) -> Iterator[tuple[Path, str]]:
-    several = ("method", 0) in places
-    for i, part in enumerate(tree["method"] or ()):
-        here: Path = ("method", i) if several else ("method",)
-        yield from (((*here, *key), what) for key, what in _option_problems(part))
+    for path, holder in _holders(tree).items():
+        several = (*path, "method", 0) in places
+        for i, part in enumerate(holder["method"] or ()):
+            here: Path = (*path, "method", i) if several else (*path, "method")
+            yield from (((*here, *key), what) for key, what in _option_problems(part))
+        if path and holder["method"] is None and path[-1] not in METHODS:
+            yield path, f"method is missing, and {path[-1]!r} is no method's name; {nearest(str(path[-1]), METHODS)}"
 
 
 def _option_problems(part: Any) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -217,7 +228,8 @@ def _explained(error: ValidationError, places: Places) -> list[tuple[str, str]]:
         value = fault["input"]
         if fault["type"] == "too_short" and value:
             continue  # its items are wrong, and are named themselves
-        if loc[0] == "method" and len(loc) > 1:
+        inner = loc[2:] if loc[0] == "compare" else loc
+        if inner[:1] == ("method",) and len(inner) > 1:
             continue  # named by its own check
         if loc[-1] == "format" and loc not in places and fault["type"] != "missing":
             continue  # it came from data.format, which is named itself

@@ -161,6 +161,13 @@ class Evaluation(Section):
     batch_size: Count | None = None
 
 
+class Contestant(Section):
+    """What `jaxft compare` trains under one name: a method, and the learning rate that suits it."""
+
+    method: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, strict=False)] | None = None
+    learning_rate: Positive | None = None
+
+
 class Config(Section):
     """A run. Paths are relative to the working directory.
 
@@ -176,6 +183,7 @@ class Config(Section):
     mesh: Mesh | None = None
     evaluation: Evaluation = Evaluation()
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
+    compare: dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*$")], Contestant] = {}
     output: Text
 
     def make_method(self) -> Method | None:
@@ -211,8 +219,9 @@ def keys_at(path: tuple[str | int, ...]) -> list[str]:
     """
     section: Any = Config
     for step in path:
-        if isinstance(step, str) and isinstance(section, type) and issubclass(section, BaseModel):
-            section = _section(section.model_fields[step].annotation)
+        known = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+        if step in known:  # an index of a list, or a name that the user gives, leads to the section as it is
+            section = _section(known[step].annotation)
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
 
 

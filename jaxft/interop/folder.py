@@ -29,10 +29,11 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     """Write an adapter: what its method trains, and nothing else.
 
     Where peft knows the method (LoRA, IA3, prefixes, prompts) the folder is peft's, and its
-    `PeftModel.from_pretrained` gives the same numbers; what peft would lose (the encoder that makes a prompt) stands beside it, for `load_adapter`
-    alone. Of `Adapter` it is the adapters library's, where that has the family (GPT-2, Llama, Mistral) and the option:
-    read it there with `model.load_adapter(folder, use_safetensors=True)`. For what neither knows (BitFit, compositions)
-    it looks as peft's, names the method, and only `load_adapter` reads it. On an error the folder's old files stay.
+    `PeftModel.from_pretrained` gives the same numbers; what peft would lose (the encoder that makes a prompt) stands
+    beside it, for `load_adapter` alone. Of `Adapter` it is the adapters library's, where that has the family (GPT-2,
+    Llama, Mistral) and the option: read it there with `model.load_adapter(folder, use_safetensors=True)`. For what
+    neither knows (BitFit, compositions) it looks as peft's, names the method, and only `load_adapter` reads it. On an
+    error the folder's old files stay.
 
     Args:
         model_or_state: A `TrainState`, or a model that carries the adapter.

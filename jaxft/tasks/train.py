@@ -19,6 +19,7 @@ from ..run import RunFolder
 from ..train.checkpoint import Checkpoints
 from ..train.evaluate import prefixed
 from ..train.loop import fit
+from ..train.memory import peak_memory
 from ..train.progress import Progress
 from ..train.state import TrainState
 from ..train.step import make_train_step
@@ -100,6 +101,7 @@ class Job:
 
         def log(n: int, figures: dict[str, float]) -> None:
             more = {"learning_rate": float(self.schedule(n - 1)), "seconds": time.perf_counter() - began}
+            more["peak_memory_bytes"] = peak_memory()
             for tracker in trackers:
                 tracker.log(n, {"loss": figures["loss"], **more, **figures})
             progress.update(n, loss=figures["loss"], tokens_per_second=figures["tokens_per_second"])
@@ -191,6 +193,7 @@ class Job:
             "total_parameters": self.parameters.total,
             "trainable_percent": self.parameters.percent,
             "seconds": seconds,
+            "peak_memory_bytes": max(peak_memory(), *(row.get("peak_memory_bytes", 0) for row in logged)),
             "model" if whole else "adapter": str(made),
             "report": str(picture),
             "device": jax.devices()[0].device_kind,

@@ -33,7 +33,8 @@ def fit(
         steps: Of the whole run, those of the state included.
         log_every: Steps between two calls of `log`, which comes at the last step too.
         log: Gets the step and its figures: `loss` per trained token since the last call, `grad_norm` of this step,
-            `tokens_per_second` (tokens that are no padding), `trained_tokens` and `skipped` steps since the last call.
+            `tokens_per_second` (tokens that are no padding), `step_seconds`, `trained_tokens` and `skipped` steps
+            since the last call.
         hooks: What to do with the state after every so many steps: `{evaluate: 100, save: 50}`; their time does
             not count.
         stop: Asked before each step: whether to leave it at the steps taken.
@@ -90,6 +91,7 @@ def _figures(n: int, window: list[Any], tokens: int, seconds: float) -> dict[str
         "loss": loss,
         "grad_norm": float(good[-1]["grad_norm"]),
         "tokens_per_second": tokens / max(seconds, 1e-9),
+        "step_seconds": seconds / len(window),
         "trained_tokens": weight,
         "skipped": float(len(window) - len(good)),
     }
