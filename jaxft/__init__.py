@@ -36,7 +36,6 @@ from .train.step import make_train_step
 __version__ = "0.1.0"
 
 __all__ = [
-    "IA3",
     "Adapter",
     "BatchError",
     "BitFit",
@@ -45,6 +44,7 @@ __all__ = [
     "DataError",
     "Full",
     "GenerationError",
+    "IA3",
     "JaxftError",
     "LoRA",
     "MeshError",
