@@ -36,6 +36,7 @@ from .train.step import make_train_step
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "Adapter",
     "BatchError",
     "BitFit",
@@ -44,7 +45,6 @@ __all__ = [
     "DataError",
     "Full",
     "GenerationError",
-    "IA3",
     "JaxftError",
     "LoRA",
     "MeshError",

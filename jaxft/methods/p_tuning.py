@@ -21,6 +21,9 @@ class PTuning(Method):
     weight 0 is not there; several active ones stand one after the other. In training the virtual tokens are read once
     for a batch: they see nothing of the rows, so dropout of the base is drawn for them once too.
 
+    The loss is over the tokens of the rows: the first of a row is not predicted from the last virtual token, as `peft`
+    does where its label is not -100.
+
     Attributes:
         num_virtual_tokens: P.
         encoder: `"mlp"` (`Linear - ReLU - Linear - ReLU - Linear`), `"lstm"` (both directions, then
