@@ -87,12 +87,32 @@ class LowRank(nnx.Module):
     def __call__(self, linear: Any, x: jax.Array, y: jax.Array, ctx: Context, weight: jax.Array) -> jax.Array:
         """Return what the adapter adds to the output `[..., out]` of a linear layer, given its input `[..., in]`."""
         del linear, y
-        if weight.ndim:
-            weight = weight.reshape(-1, *(1,) * (x.ndim - 1))
         h = narrow_product(dropout(x, self.rate, ctx.key_for(self.number)), self.a.get_value())
-        gate = self.gate.get_value()
-        h = h * (lift(gate, h) * lift(weight, h)).astype(h.dtype)
-        return narrow_product(h, self.b.get_value())
+        return narrow_product(h * self._counts(weight, h).astype(h.dtype), self.b.get_value())
+
+    def _counts(self, weight: jax.Array, like: jax.Array) -> jax.Array:
+        """Return how much each rank counts: scale times weight, `[1 or B, 1..., r]`."""
+        if weight.ndim:
+            weight = weight.reshape(-1, *(1,) * (like.ndim - 1))
+        return lift(self.gate.get_value(), like) * lift(weight, like)
+
+    @staticmethod
+    def together(deltas: "dict[str, LowRank]", linear: Any, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:
+        """Return the sum of several; where rows use different ones by one product with all A, and one with all B.
+
+        `sum_n w_n (x A_n * gate_n) B_n = (x [A_1 ... A_n] * [w_1 gate_1 ... w_n gate_n]) [B_1; ...; B_n]`. One after
+        the other they would read x and write y n times. They do where one set of weights holds for all rows, so that
+        an adapter beside others of weight 0 is bit for bit what it is alone; and where each drops its own input.
+        """
+        dropping = ctx.key is not None and any(delta.rate for delta in deltas.values())
+        if dropping or all(ctx.weight(name).ndim == 0 for name in deltas):
+            one, *rest = (delta(linear, x, y, ctx, ctx.weight(name)) for name, delta in deltas.items())
+            return sum(rest, start=one)
+        a = jnp.concatenate([delta.a.get_value() for delta in deltas.values()], -1)
+        b = jnp.concatenate([delta.b.get_value() for delta in deltas.values()], -2)
+        h = narrow_product(x, a)
+        counts = jnp.concatenate([delta._counts(ctx.weight(name), h) for name, delta in deltas.items()], -1)
+        return narrow_product(h * counts.astype(h.dtype), b)
 
     def kernel_change(self) -> jax.Array:
         """Return what the adapter adds to the kernel, `(*lead, in, out)` in float32."""
