@@ -97,6 +97,24 @@ class LowRank(nnx.Module):
         h = h * (lift(gate, h) * per_row(weight, h)).astype(h.dtype)
         return narrow_product(h, b)
 
+    @staticmethod
+    def together(deltas: "dict[str, LowRank]", linear: Any, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:
+        """Return the sum of several; where rows use different ones by one product with all A, and one with all B.
+
+        `sum_n w_n (x A_n * gate_n) B_n = (x [A_1 ... A_n] * [w_1 gate_1 ... w_n gate_n]) [B_1; ...; B_n]`. One after
+        the other they would read x and write y n times. They do where one set of weights holds for all rows, so that
+        an adapter beside others of weight 0 is bit for bit what it is alone; and where each drops its own input.
+        """
+        dropping = ctx.key is not None and any(delta.rate for delta in deltas.values())
+        if dropping or all(ctx.weight(name).ndim == 0 for name in deltas):
+            one, *rest = (delta(linear, x, y, ctx, ctx.weight(name)) for name, delta in deltas.items())
+            return sum(rest, start=one)
+        every = {name: delta.factors() for name, delta in deltas.items()}
+        h = narrow_product(x, jnp.concatenate([a for a, _, _ in every.values()], -1))
+        counts = [lift(gate, h) * per_row(ctx.weight(name), h) for name, (_, _, gate) in every.items()]
+        h = h * jnp.concatenate(counts, -1).astype(h.dtype)
+        return narrow_product(h, jnp.concatenate([b for _, b, _ in every.values()], -2))
+
     def factors(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return A, B and gate of the plain low-rank product that this one is."""
         return self.a.get_value(), self.b.get_value(), self.gate.get_value()

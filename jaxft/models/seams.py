@@ -186,6 +186,8 @@ def scale_input(module: Any, x: jax.Array, ctx: Context) -> jax.Array:
 def add_deltas(module: Any, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:
     """Add what the adapters contribute to a module's output: `y + sum_n w_n delta_n(x, y)`.
 
+    Those of a kind that has a method `together` of its own (not one that it inherits) are computed by it at once.
+
     Args:
         module: A module with the slot `delta`.
         x: Its input `[..., in]`.
@@ -193,6 +195,13 @@ def add_deltas(module: Any, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Arr
         ctx: Weights, names and dropout key.
     """
     base = y
+    kinds: dict[type[Any], dict[str, Any]] = {}
     for name, delta in (module.delta or {}).items():
-        y = y + delta(module, x, base, ctx, ctx.weight(name))
+        kinds.setdefault(type(delta), {})[name] = delta
+    for kind, deltas in kinds.items():
+        if len(deltas) > 1 and "together" in vars(kind):
+            y = y + kind.together(deltas, module, x, base, ctx)
+            continue
+        for name, delta in deltas.items():
+            y = y + delta(module, x, base, ctx, ctx.weight(name))
     return y
