@@ -32,6 +32,7 @@ class Form(StrEnum):
 
     peft = "peft"
     merged = "merged"
+    adapters = "adapters"
     serving = "serving"
 
 
@@ -121,7 +122,9 @@ def generate(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="A finished run's folder.", metavar="RUN")],
-    format: Annotated[Form, typer.Option(help="peft: the adapter; merged: a whole model; serving: a plain LoRA.")],
+    format: Annotated[
+        Form, typer.Option(help="peft, adapters: the adapter; serving: as a plain LoRA; merged: a whole model.")
+    ],
     output: Annotated[str, typer.Option(help="A new folder.", metavar="DIR")],
 ) -> None:
     """Write what a run has made, for peft, transformers or an engine that serves adapters to load."""

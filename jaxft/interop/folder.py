@@ -55,19 +55,28 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     if any(isinstance(part, Full) for part in parts_of(method)):
         raise MethodError("Full trains the whole model, so there is no adapter: write it with jaxft.save_model")
     places = entries(model, name, lambda path, v: method.trains(path, v, name))
-    weights = WEIGHTS
-    if isinstance(method, Adapter) and library.expresses(method, model):
+    weights, form = WEIGHTS, form_of(method, model)
+    if form == "adapters":
         weights, config, places = library.WEIGHTS, library.config_of(method, model, name), library.renamed(places, name)
+    elif form == "peft":
+        lacking = own_config(method, model) if FORMATS[type(method)].lacks(method) else {}
+        config = {**lacking, **config_of(method, model)}
     else:
-        form, config = FORMATS.get(type(method)), own_config(method, model)
-        if form is not None and form.says(method):
-            config = {**(config if form.lacks(method) else {}), **config_of(method, model)}
+        config = own_config(method, model)
     with replacing(Path(folder)) as scratch:
         write_tensors(scratch / weights, {key: entry.read() for key, entry in places.items()})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for old in {WEIGHTS, library.WEIGHTS} - {weights}:
         (Path(folder) / old).unlink(missing_ok=True)  # of an earlier adapter, which the new config does not describe
     return Path(folder)
+
+
+def form_of(method: Method, model: Any) -> str:
+    """Return whose folder an adapter is written as: `"peft"`, `"adapters"`, or `"jaxft"` where neither can say it."""
+    if isinstance(method, Adapter) and library.expresses(method, model):
+        return "adapters"
+    form = FORMATS.get(type(method))
+    return "peft" if form is not None and form.says(method) else "jaxft"
 
 
 def chosen(model_or_state: Any, name: str | None) -> tuple[Any, str, Method]:

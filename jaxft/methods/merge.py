@@ -1,5 +1,6 @@
 """Fold adapters into the base, and take them out again."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -136,11 +137,16 @@ def _change(n: Named, leaf: str, value: jax.Array, ctx: Context) -> Any:
     total = None
     for name, delta in (getattr(n.module, "delta", None) or {}).items():
         whole = spread(delta, len(n.names))
-        changes = getattr(whole, "bias_change" if leaf == "bias" else "kernel_change", None)
-        if changes is not None:
-            one = ctx.weight(name) * changes(value)
+        what = "bias_change" if leaf == "bias" else "kernel_change"
+        if hasattr(whole, what):
+            one = ctx.weight(name) * _compiled(what, whole, value)
             total = one if total is None else total + one
     return total
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled(what: str, delta: Any, value: jax.Array) -> jax.Array:
+    return getattr(delta, what)(value)
 
 
 def _untie(model: Any, n: Named, tied: jax.Array, ctx: Context) -> None:

@@ -1,6 +1,7 @@
 """PiSSA (Meng et al. 2024): a low-rank product that begins as the kernel's principal part."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ class PiSSA(LowRank):
         return jnp.concatenate([a - a0, a0], -1), jnp.concatenate([b, b - b0], -2), jnp.concatenate([gate, gate], -1)
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def principal_part(kernel: jax.Array, ranks: tuple[int, ...], scales: tuple[float, ...]) -> tuple[jax.Array, jax.Array]:
     """Return A `(*lead, in, r)` and B `(*lead, r, out)`: `W = U S V`, `A = U_r sqrt(S_r / s)`, `B = sqrt(S_r / s) V_r`.
 

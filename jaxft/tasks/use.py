@@ -10,8 +10,7 @@ from ..data.tokens import opening
 from ..errors import CheckpointError, RunError
 from ..generation.generate import generate_ids, stops_of
 from ..interop.export import save_model
-from ..interop.folder import load_adapter, save_adapter
-from ..interop.peft import FORMATS
+from ..interop.folder import form_of, load_adapter, save_adapter
 from ..interop.serving import save_serving
 from ..loading import load
 from ..methods.merge import merge
@@ -83,16 +82,16 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
 
     Args:
         run: The run.
-        form: `"peft"`: its adapter; `"serving"`: its adapter as the plain LoRA that engines read; `"merged"`: a whole
-            model in Hugging Face layout, tokenizer included.
+        form: `"peft"` or `"adapters"`: its adapter, as the folder of that library; `"serving"`: its adapter as the
+            plain LoRA that engines read; `"merged"`: a whole model in Hugging Face layout, tokenizer included.
         output: A new or empty folder.
 
     Returns:
         The folder.
 
     Raises:
-        RunError: The folder is not empty, or peft cannot express what the run has made.
-        MethodError: A plain LoRA cannot.
+        RunError: The folder is not empty, or the form cannot express what the run has made.
+        MethodError: A plain LoRA cannot, or there is no merging it.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -101,12 +100,18 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
     if form == "merged":
         return save_model(merge(model) if adapters(model) else model, output, tokenizer)
     carried = adapters(model)
-    hint = "export it with --format merged"
     if run.model.is_dir():
-        raise RunError(f"{run.path}: it trained the whole model, so there is no adapter; {hint}")
-    if len(carried) == 1 and form == "serving":
-        return save_serving(model, output, name=next(iter(carried)))
-    if len(carried) != 1 or type(next(iter(carried.values()))) not in FORMATS:
-        what = " over ".join(type(m).__name__ for m in reversed(carried.values())) or "what it trained"
-        raise RunError(f"{run.path}: a peft folder cannot express {what}; {hint}")
-    return save_adapter(model, output, name=next(iter(carried)))
+        raise RunError(
+            f"{run.path}: it trained the whole model, so there is no adapter: export it with --format merged"
+        )
+    if len(carried) == 1:
+        ((name, method),) = carried.items()
+        if form == "serving":
+            return save_serving(model, output, name=name)
+        if form == form_of(method, model):
+            return save_adapter(model, output, name=name)
+    what = " over ".join(type(m).__name__ for m in reversed(carried.values())) or "what it trained"
+    raise RunError(
+        f"{run.path}: a folder of --format {form} cannot express {what}. {run.adapter} is what jaxft itself reads; "
+        "--format merged folds what can be folded into the model"
+    )
