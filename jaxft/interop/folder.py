@@ -56,7 +56,7 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
         raise MethodError("Full trains the whole model, so there is no adapter: write it with jaxft.save_model")
     places = entries(model, name, lambda path, v: method.trains(path, v, name))
     weights, form = WEIGHTS, form_of(method, model)
-    if form == "adapters":
+    if isinstance(method, Adapter) and form == "adapters":
         weights, config, places = library.WEIGHTS, library.config_of(method, model, name), library.renamed(places, name)
     elif form == "peft":
         lacking = own_config(method, model) if FORMATS[type(method)].lacks(method) else {}
