@@ -153,7 +153,7 @@ def _problems(options: Mapping[str, Any], name: Any) -> Iterable[str]:
 def renamed(places: Mapping[str, Entry], name: str) -> dict[str, Entry]:
     """Return the entries by the library's names: the adapter's own name stands in each."""
     return {
-        re.sub(r"(_adapters)\.", rf"\1.adapters.{name}.", k.removeprefix(PREFIX), count=1): e for k, e in places.items()
+        k.removeprefix(PREFIX).replace("_adapters.", f"_adapters.adapters.{name}.", 1): e for k, e in places.items()
     }
 
 

@@ -109,6 +109,7 @@ class Norm(nnx.Module):
         ({"kind": "parallel"}, lambda x, h, n, norm: x),
         ({"kind": "parallel", "parallel_input": "normed", "scale": 0.5}, lambda x, h, n, norm: n),
     ],
+    ids=["pfeiffer", "houlsby", "parallel", "parallel-normed"],
 )
 def test_each_kind_reads_its_own_and_adds_to_the_stream(options, reads, norm):
     class One(nnx.Module):
