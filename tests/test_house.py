@@ -127,7 +127,7 @@ def test_files_are_small():
 
 
 def test_public_names():
-    assert sorted(jaxft.__all__) == jaxft.__all__
+    assert sorted(jaxft.__all__, key=lambda name: (not name.isupper(), name)) == jaxft.__all__
     assert all(hasattr(jaxft, name) for name in jaxft.__all__)
     assert set(jaxft.__all__) == {
         *("BatchError", "CheckpointError", "GenerationError", "JaxftError", "MethodError", "OptimizerError"),
