@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxft
@@ -318,3 +319,36 @@ def test_a_union_is_saved_and_comes_back(tmp_path):
     assert jaxft.adapters(again) == {"default": method}
     assert jnp.array_equal(again(IDS), model(IDS))
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "JAXFT"
+
+
+class Own(nnx.Module):
+    """A person's own model."""
+
+    def __init__(self, rngs):
+        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(jnp.tanh(self.first(x)))
+
+
+def test_a_model_of_ones_own():
+    """The formulas hold at nnx.Linear too, rows with weights of their own included; IA3 has no default there."""
+    base = jax.jit(lambda: Own(nnx.Rngs(0)))()
+    x = jax.random.normal(jax.random.key(0), (5, 6))
+    with pytest.raises(jaxft.MethodError, match="no default target_modules is known for a Own: name them"):
+        jaxft.attach(base, jaxft.IA3())
+    scaled = moved(base, jaxft.IA3(target_modules=("first", "last"), feedforward_modules=("last",)))
+    out, into = (getattr(scaled, at).delta.default.scale.get_value()[None] for at in ("first", "last"))
+    close(scaled(x), base.last(jnp.tanh(base.first(x) * out) * into), 1e-6)
+    for method in (jaxft.LoRA(r=2, use_dora=True), jaxft.LoRA(r=2, init="pissa")):
+        model = moved(base, method)
+        close(jaxft.merge(model)(x), model(x))
+        rows = jaxft.set_adapter(model, [[1.0], [0.0], [1.0], [0.0], [1.0]])(x)
+        close(rows, jnp.where((jnp.arange(5) % 2 == 0)[:, None], model(x), base(x)))
+
+
+def test_a_scaled_input_costs_no_product():
+    """IA3 multiplies by no kernel twice, forwards or backwards."""
+    base = tiny_llama()
+    counts = [str(jax.make_jaxpr(lambda m: m(IDS))(m)).count("dot_general") for m in (base, moved(base, jaxft.IA3()))]
+    assert counts[0] == counts[1] > 7
