@@ -150,7 +150,7 @@ def test_files_are_small():
 
 
 def test_public_names():
-    assert len(set(jaxft.__all__)) == len(jaxft.__all__)
+    assert sorted(jaxft.__all__, key=lambda name: (not name.isupper(), name)) == jaxft.__all__
     assert all(hasattr(jaxft, name) for name in jaxft.__all__)
     assert set(jaxft.__all__) == {
         *("BatchError", "CheckpointError", "GenerationError", "JaxftError", "MethodError", "OptimizerError"),

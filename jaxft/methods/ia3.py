@@ -93,9 +93,9 @@ class IA3(Method):
     >>> import jaxft
     >>> print(jaxft.parameter_report(jaxft.testing.tiny_llama(), jaxft.IA3()))
     trainable params: 160 || all params: 19,776 || trainable%: 0.8091
-      model.layers.mlp.down_proj              96
-      model.layers.self_attn.k_proj           32
-      model.layers.self_attn.v_proj           32
+      model.layers.mlp.down_proj                  96
+      model.layers.self_attn.k_proj               32
+      model.layers.self_attn.v_proj               32
     """
 
     target_modules: Names = None

@@ -44,3 +44,14 @@ def test_both_ways(base, name, folders, tmp_path):
     moved = peers.logits(again)
     check_logits(state.model, moved)
     assert np.abs(moved - want["logits"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(("base", "name"), [("llama", "pissa"), ("gpt2", "pissa")])
+def test_served_as_a_plain_lora(base, name, folders, tmp_path):
+    """The serving export in peft, beside peft's own conversion: the same logits on the untouched base."""
+    theirs = variants.adapted(base, name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = jaxft.load_adapter(jaxft.load(folders[base])[0], tmp_path / "theirs")
+    again = read_by_peft(folders[base], jaxft.save_serving(model, tmp_path / "served"))
+    assert np.abs(peers.logits(again) - peers.logits(theirs)).max() < 1e-5
+    assert again.peft_config["default"].r == 8

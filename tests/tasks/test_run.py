@@ -140,6 +140,9 @@ def test_export(done, run, place):
     model, _ = jaxft.load(done)
     ids = np.array([tokenizer("the cat sat")["input_ids"]])
     np.testing.assert_allclose(merged(ids), model(ids), atol=1e-5)
+    assert run("export", done, "--format", "serving", "--output", "out/served")[:2] == (0, "out/served\n")
+    served = jaxft.load_adapter(jaxft.detach(model, "default"), "out/served")
+    np.testing.assert_allclose(served(ids), model(ids), atol=1e-5)
     code, _, err = run("export", done, "--format", "merged", "--output", "out/merged")
     assert (code, "it is there already" in err) == (2, True)
 
