@@ -37,7 +37,9 @@ def run_all(made: Sequence[Contestant], say: Callable[[str], None] = print) -> d
             say(f"{where}: has been trained")
             continue
         say(f"{where}: {'goes on' if run.started else 'begins'}; it writes to {run.path}.log")
-        code = _train(one, run)
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(f"{run.path}.yaml"), dump_config(one.config))
+        code = _train(run)
         text = Path(f"{run.path}.log").read_text(encoding="utf-8", errors="replace")
         if code in LEFT or code == -signal.SIGINT:
             raise Stopped(f"{one.name}: stopped")
@@ -47,11 +49,10 @@ def run_all(made: Sequence[Contestant], say: Callable[[str], None] = print) -> d
     return errors
 
 
-def _train(one: Contestant, run: RunFolder) -> int:
-    run.path.parent.mkdir(parents=True, exist_ok=True)
-    config = Path(f"{run.path}.yaml")
-    write_whole(config, dump_config(one.config))
-    command = [sys.executable, "-m", "jaxft.cli", "train", str(config), *(["--resume"] if run.started else [])]
+def _train(run: RunFolder) -> int:
+    """Train in a process of its own, and return its exit code."""
+    command = [sys.executable, "-m", "jaxft.cli", "train", f"{run.path}.yaml"]
+    command += ["--resume"] if run.started else []
     with Path(f"{run.path}.log").open("ab") as log, Stop() as stop:
         # in a session of its own: a Ctrl-C is for this process, which asks the run to stop and waits for it
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
