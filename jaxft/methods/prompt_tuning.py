@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import MethodError, refuse
+from ..models.names import variables
 from ..models.seams import Context
-from .method import Method
+from .method import Method, owner
 from .virtual import check_seam, choice, hang_virtual, whole_number
 
 INITS = ("vocab", "random", "text")
@@ -65,7 +66,9 @@ class PromptTuning(Method):
         else:
             drawn = jax.random.randint(key, (1, p), 0, c.vocab_size)
             ids = drawn if self.init == "vocab" else jnp.resize(jnp.array(self._ids(c)), (1, p))
-            words = model.backbone.embed(ids, Context(weights=jnp.zeros(0), mesh=c.mesh))
+            others = tuple(dict.fromkeys(o for path in variables(model) if (o := owner(path)) is not None))
+            off = Context(weights=jnp.zeros(len(others)), names=others, mesh=c.mesh)
+            words = model.backbone.embed(ids, off)
             vectors = words[0].astype(jnp.float32)
         hang_virtual(model, "prompt", name, vectors)
 

@@ -167,6 +167,27 @@ def test_switching_compiles_nothing():
     assert jaxft.models.causal._logits._cache_size() == before
 
 
+def test_a_window_slides_past_the_prefix():
+    """As over tokens: place p of 5 is seen by the tokens t with t + 5 - p < 7, wherever pads or segments stand."""
+    model = adapted("mistral", METHODS["prefix"], base=MODELS["mistral"](num_hidden_layers=1))
+    row = ids(1)[0]
+    batches = (
+        {"input_ids": row[None]},
+        {"input_ids": np.concatenate([[9, 9, 9], row])[None], "attention_mask": np.array([[0] * 3 + [1] * 12])},
+        {"input_ids": np.concatenate([row, row])[None], "segment_ids": np.array([[1] * 12 + [2] * 12])},
+    )
+    vectors = model.past["default"].vectors
+    value, starts = vectors.get_value(), ([0], [3], [0, 12])
+    for batch, start in zip(batches, starts, strict=True):
+        before = np.asarray(model(**batch))[0]
+        for p in range(P):
+            vectors.set_value(value.at[p].add(1.0))
+            moved = (np.asarray(model(**batch))[0] != before).any(-1)
+            vectors.set_value(value)
+            for first in start:
+                assert moved[first : first + 12].tolist() == [t + P - p < 7 for t in range(12)]
+
+
 def greedy(model, prompt, new):
     """One token after the other, each from a whole forward pass."""
     row = list(prompt)
@@ -326,6 +347,23 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(jaxft.MethodError, match=f"this Linear has no `{seam}` seam"):
             jaxft.attach(own, method)
     assert not jaxft.adapters(model)
+
+
+def test_shapes_alone():
+    """Plans of models without weights: the shapes are those of the real ones."""
+    model = tiny_llama()
+    for name in ("prefix-projected", "prompt", "p-lstm"):
+        abstract = jaxft.attach(jax.eval_shape(lambda: model), METHODS[name])
+        real = jaxft.attach(model, METHODS[name])
+        assert jaxft.parameter_report(abstract, METHODS[name]) == jaxft.parameter_report(real, METHODS[name])
+
+
+def test_words_beside_an_adapter_s_own_table():
+    """Vectors of the vocabulary are the base's, whatever other adapters bring."""
+    method = jaxft.LoRA(r=2, modules_to_save=("embed_tokens",)) | METHODS["prompt"]
+    model = jaxft.attach(tiny_llama(), method)
+    assert model(ids()).shape == (3, 12, 64)
+    assert jaxft.decay_mask({"prompt.default.vectors": 0}) == {"prompt.default.vectors": False}
 
 
 def test_detached_again():
