@@ -22,7 +22,7 @@ IDS = token_batch()["input_ids"]
 EMBEDDING_AND_ROWS = jaxft.LoRA(r=2, target_modules=("wte",), trainable_tokens={"wpe": (3, 1)})
 LAWS = {  # method, model, trained parameters by the closed formula
     "ia3-llama": (jaxft.IA3(), tiny_llama, 2 * (16 + 16 + 48)),
-    "ia3-gpt2": (jaxft.IA3(), tiny_gpt2, 2 * (3 * 32 + 4 * 32)),
+    "ia3-gpt2": (jaxft.IA3(r".*h\.1\.(attn\.c_attn|mlp\.c_proj)"), tiny_gpt2, 3 * 32 + 4 * 32),
     "dora-llama": (jaxft.LoRA(r=2, use_dora=True), tiny_llama, 448 + 2 * (32 + 16)),
     "dora-gpt2": (jaxft.LoRA(r=2, use_dora=True), tiny_gpt2, 2 * (2 * (32 + 96) + 96)),
     "pissa-llama": (jaxft.LoRA(r=2, init="pissa"), tiny_llama, 448),
