@@ -70,7 +70,8 @@ def unmerge(model: Any) -> Any:
 
     Raises:
         MethodError: An adapter put something in the place of the base's values, which are gone: copies of whole
-            leaves (`modules_to_save`, `bias`), token rows, DoRA's magnitudes, an IA3 vector with a zero.
+            leaves (`modules_to_save`, `bias`), token rows, DoRA's magnitudes, an IA3 vector with a zero; or it began
+            as a part of the base's own kernel (PiSSA).
 
     >>> import jax, jaxft
     >>> base = jaxft.testing.tiny_llama()
@@ -83,9 +84,9 @@ def unmerge(model: Any) -> Any:
     for n in _adapted(fresh):
         if getattr(n.module, "saved", None) is not None:
             raise MethodError(f"{n.path} was replaced by the adapter's copy: the base's own values cannot be had back")
-        for delta in (n.module.delta or {}).values():
+        for delta in (getattr(n.module, "delta", None) or {}).values():
             if not delta.reversible:
-                raise MethodError(f"{n.path}: a {type(delta).__name__} replaces what it is merged into, for good")
+                raise MethodError(f"{n.path}: what a {type(delta).__name__} was merged into cannot be had back")
         for leaf, value in _leaves(n.module, fresh.tied_kernel() if isinstance(fresh, CausalLM) else None):
             # What is added is `slope * value + rest`, number by number.
             rest = _change(n, leaf, jnp.zeros(value.shape), ctx)

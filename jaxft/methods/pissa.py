@@ -30,6 +30,8 @@ class PiSSA(LowRank):
         options: Of `LowRank`.
     """
 
+    reversible = False  # attached to the merged kernel it would begin as a part of that one
+
     def __init__(
         self,
         shape: tuple[int, ...],

@@ -2,7 +2,7 @@
 
 Modules of a model have empty slots, filled by `jaxft.methods` and keyed by the adapter's name:
 
-    delta    {name: module}   at a linear layer: what the adapter adds to its output
+    delta    {name: module}   at a linear layer or an embedding: what the adapter adds to its output
     saved    {name: Copies}   at any layer: the adapter's own copies of base leaves (`modules_to_save`, `bias`)
     join     {name: module}   where a part's output meets the residual stream: what the adapter adds there
     past     {name: module}   at the model: keys and values put before the sequence in every layer's attention

@@ -27,7 +27,7 @@ KEYS = {
 
 
 def test_the_sweep_sees_every_case():
-    assert len(CASES) == 11
+    assert len(CASES) == 8
 
 
 @pytest.mark.parametrize(("name", "adapter"), CASES)

@@ -48,7 +48,7 @@ def test_both_ways(base, name, folders, tmp_path):
 
 @pytest.mark.parametrize(("base", "name"), [("llama", "pissa"), ("gpt2", "pissa")])
 def test_served_as_a_plain_lora(base, name, folders, tmp_path):
-    """The serving export in peft, beside peft's own conversion: the same logits on the untouched base."""
+    """The serving export in peft: PiSSA's logits, on the untouched base."""
     theirs = variants.adapted(base, name)
     theirs.save_pretrained(tmp_path / "theirs")
     model = jaxft.load_adapter(jaxft.load(folders[base])[0], tmp_path / "theirs")
