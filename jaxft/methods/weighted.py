@@ -135,12 +135,12 @@ def _no_plain_lora(name: str, method: Method) -> str:
     """Say why an adapter is no low-rank product alone, "" if it is one."""
     if type(method) is not LoRA:
         return f"{name!r} is {type(method).__name__}: only LoRA can be (jaxft.average_adapters takes equal ones)"
-    if getattr(method, "use_dora", False):
+    if method.use_dora:
         return f"{name!r} is DoRA, whose magnitudes do not add up: merge it into the base instead"
     if method.init not in ("default", "gaussian"):
-        return f"{name!r} began with init={method.init!r}, which changes the base: convert it to plain LoRA first"
-    if method.modules_to_save or method.bias != "none":
-        return f"{name!r} has copies of whole leaves (modules_to_save, bias), which do not add up"
+        return f"{name!r} began with init={method.init!r}: jaxft.save_serving makes a plain LoRA of it"
+    if method.modules_to_save or method.trainable_tokens or method.bias != "none":
+        return f"{name!r} has values in the base's place (modules_to_save, trainable_tokens, bias): they do not add up"
     return ""
 
 

@@ -31,7 +31,7 @@ def with_adapters(base=None, **methods):
 def changes(model, name):
     """What one adapter adds to each kernel `[layers, in, out]`, by path; zeros in layers that it leaves alone."""
     return {
-        n.path: np.asarray(spread(n.module.delta[name], len(n.names)).kernel_change())
+        n.path: np.asarray(spread(n.module.delta[name], len(n.names)).kernel_change(n.module.kernel))
         for n in named_modules(model)
         if name in (getattr(n.module, "delta", None) or {})
     }
@@ -260,7 +260,7 @@ def test_kinds_that_do_not_combine():
         a=jaxft.LoRA(r=2), bb=jaxft.BitFit(create=True), ccc=jaxft.LoRA(r=2, modules_to_save=("norm",))
     )
     with pytest.raises(
-        jaxft.MethodError, match=r"'bb' is BitFit: only LoRA can be.*\n.*'ccc' has copies of whole leav"
+        jaxft.MethodError, match=r"'bb' is BitFit: only LoRA can be.*\n.*'ccc' has values in the base's place"
     ):
         jaxft.add_weighted_adapter(model, {"a": 1, "bb": 1, "ccc": 1}, name="d")
     with pytest.raises(jaxft.MethodError, match=r"unequal structure.*\n.*is only in"):

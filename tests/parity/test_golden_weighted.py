@@ -45,7 +45,9 @@ def delta(model, name):
         module: np.asarray(change)
         for n in named_modules(model)
         if name in (getattr(n.module, "delta", None) or {})
-        for module, change in zip(n.names, spread(n.module.delta[name], len(n.names)).kernel_change(), strict=True)
+        for module, change in zip(
+            n.names, spread(n.module.delta[name], len(n.names)).kernel_change(n.module.kernel), strict=True
+        )
     }
 
 
