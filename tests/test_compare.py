@@ -16,6 +16,7 @@ import jaxft
 from jaxft.compare import as_markdown, contestants, draw_methods, draw_sweep, measure, runs
 from jaxft.config import load_config
 from jaxft.tasks.train import Job
+from jaxft.train.checkpoint import Checkpoints
 
 CONFIG = """task: sft
 model: {path: base}
@@ -65,6 +66,8 @@ def here(monkeypatch):
             try:
                 config = load_config(f"{run.path}.yaml")
                 Job(config, resume=run.started, say=lambda line: print(line, file=log)).train()
+            except KeyboardInterrupt:
+                return 130
             except jaxft.JaxftError as error:
                 print(f"error: {error}", file=log)
                 return 2
@@ -247,6 +250,27 @@ def test_a_loss_that_is_not_finite(place, run, here, monkeypatch):
     assert found["runs"][0]["seconds_to_target"] is None and found["runs"][1]["seconds_to_target"] > 0
     assert table.splitlines()[2].count(" - |") == 2 and "**" in table.splitlines()[3]
     assert len(draw_methods(found).axes[2].lines) == 1
+
+
+def test_an_interrupted_comparison_goes_on(place, run, here, monkeypatch):
+    """What has been trained is left, what has begun goes on from its checkpoint, to the same bits."""
+    copied(place, run, here, "cut")
+    shutil.rmtree(place / "cut" / "lora")
+    save = Checkpoints.save
+
+    def stop(self, state):
+        save(self, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stop)
+        code, _, err = run("compare", "c.yaml", "--methods", "full,lora", "--output", "cut")
+    assert (code, here, "the same command goes on" in err) == (75, ["lora"], True)
+    code, out, _ = run("compare", "c.yaml", "--methods", "full,lora", "--output", "cut")
+    assert (code, here, "2 of 2, lora: goes on" in out) == (0, ["lora", "lora"], True)
+    assert "going on after step 2" in (place / "cut" / "lora.log").read_text()
+    files = [place / where / "lora" / "adapter" / "adapter_model.safetensors" for where in ("side", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_processes_of_their_own_and_a_stop(place):

@@ -40,9 +40,10 @@ def contestants(
     """Return the runs of a comparison, every one checked as far as a config can be without data and model.
 
     Args:
-        file: A config. Its `output` is the folder that the runs' folders lie in; its `method` holds for the one of
-            that name, and `compare` says what else differs: `{NAME: {method, learning_rate}}`. A method that neither
-            of them describes has its own defaults.
+        file: A config. Its `output` is the folder that the runs' folders lie in. `compare` says what a name stands
+            for, `{NAME: {method, learning_rate}}`; where it gives no method, the config's own of that name is meant,
+            else the method of that name with its defaults. Methods want different learning rates: with one for all,
+            what is compared is the rate. Where the best one is not known, sweep it.
         methods: Names with commas between them, of methods or of what `compare` lists. None: all that `compare` lists;
             where a key is swept, the config's own method.
         sweep: `key.sub=value,value,...`: every method at every value.

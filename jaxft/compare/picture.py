@@ -102,12 +102,16 @@ def _zoom(every: tuple[Any, ...], runs: list[Any]) -> None:
 
 def _scatter(axes: Any, runs: list[Any], names: list[str], colors: list[Any]) -> None:
     """Draw the loss at the end against the share that is trained, each point with its name."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     shown = [(run, n, c) for run, n, c in zip(runs, names, colors, strict=True) if run["after"]["loss"] is not None]
     for i, (run, name, color) in enumerate(sorted(shown, key=lambda s: s[0]["after"]["loss"])):
         at = (run["trainable_percent"], run["after"]["loss"])
         axes.plot(*at, marker="o", markersize=8, color=color, linestyle="")
         axes.annotate(name, at, (0, (8, -15)[i % 2]), textcoords="offset points", ha="center", fontsize="small")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.18)
     axes.set(xlabel="trained parameters (% of all)", title="What it costs, what it gives")

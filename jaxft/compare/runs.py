@@ -53,7 +53,7 @@ def _train(run: RunFolder) -> int:
     """Train in a process of its own, and return its exit code."""
     command = [sys.executable, "-m", "jaxft.cli", "train", f"{run.path}.yaml"]
     command += ["--resume"] if run.started else []
-    with Path(f"{run.path}.log").open("ab") as log, Stop() as stop:
+    with Path(f"{run.path}.log").open("wb") as log, Stop() as stop:
         # in a session of its own: a Ctrl-C is for this process, which asks the run to stop and waits for it
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
