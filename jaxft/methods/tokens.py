@@ -12,6 +12,7 @@ from ..errors import MethodError, SelectionError
 from ..models.layers import Embed
 from ..models.names import named_modules
 from ..models.seams import Context, Delta
+from ..parallel.rules import constrain
 from .low_rank import narrow_product, per_row
 from .matching import check_names, named
 from .method import hang
@@ -38,11 +39,11 @@ class TokenRows(nnx.Module):
 
     def __call__(self, embed: Any, x: jax.Array, y: jax.Array, ctx: Context, weight: jax.Array) -> jax.Array:
         """Return what the rows add to the vectors `[B, T, D]` of the ids `[B, T]`."""
-        del ctx
         order = np.argsort(self.tokens)
         known = jnp.asarray(np.array(self.tokens)[order])
         place = jnp.minimum(jnp.searchsorted(known, x), len(order) - 1)
-        added = self.changes(embed.embedding.get_value())[order,][place]
+        changes = constrain(self.changes(embed.embedding.get_value()), ctx.mesh, None, None)  # few: each device has all
+        added = constrain(changes[order,][place], ctx.mesh, "batch", None, None)
         return per_row(weight, y) * jnp.where((known[place] == x)[..., None], added, 0)
 
     def at_head(self, embed: Any, x: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
