@@ -2,6 +2,6 @@
 
 from .chunked import chunked_cross_entropy
 from .entropy import cross_entropy
-from .language import next_token_loss
+from .language import next_token_figures, next_token_loss
 
-__all__ = ["chunked_cross_entropy", "cross_entropy", "next_token_loss"]
+__all__ = ["chunked_cross_entropy", "cross_entropy", "next_token_figures", "next_token_loss"]

@@ -43,9 +43,52 @@ def chunked_cross_entropy(
     True
     """
     leaves, tree = jax.tree.flatten(model)
+
+    def loss(head: dict[int, Any], key: jax.Array | None, index: Any, hidden: Any, labels: Any) -> jax.Array:
+        whole = jax.tree.unflatten(tree, [head.get(i, leaf) for i, leaf in enumerate(leaves)])
+        key = None if key is None else jax.random.fold_in(key, index)
+        hidden = jnp.where((labels != IGNORED)[..., None], hidden, 0)
+        return cross_entropy(whole.head(hidden, key=key), labels, reduction="sum")
+
+    chunks = _split(model, hidden, labels, chunk)
+    jaxpr = jax.make_jaxpr(loss)(dict(enumerate(leaves)), key, 0, *(x[0] for x in chunks)).jaxpr
+    read = {id(v) for equation in jaxpr.eqns for v in equation.invars}
+    head = {i: leaf for i, leaf in enumerate(leaves) if id(jaxpr.invars[i]) in read}
+    spread = _mesh(model) is not None and _mesh(model).size > 1
+    return _total(loss, spread, head, key, *chunks)
+
+
+def likeliest_hits(model: Any, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+    """Count the labels, of those that are not -100, to which the head gives the highest logit; chunk by chunk.
+
+    Args:
+        model: As for `chunked_cross_entropy`.
+        hidden: `[B, T, D]`.
+        labels: `[B, T]` int; -100 is not counted.
+
+    Returns:
+        A float32 scalar.
+
+    >>> import jaxft
+    >>> model, hidden = jaxft.testing.tiny_llama(), jnp.ones((1, 3, 32))
+    >>> best = model.head(hidden).argmax(-1)
+    >>> float(likeliest_hits(model, hidden, best.at[0, 0].set(-100)))
+    2.0
+    """
+
+    def hits(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, labels = chunk
+        right = model.head(hidden).argmax(-1) == labels
+        return jnp.sum(right & (labels != IGNORED)).astype(jnp.float32)
+
+    return jax.lax.map(hits, _split(model, hidden, labels, None)).sum()
+
+
+def _split(model: Any, hidden: jax.Array, labels: jax.Array, chunk: int | None) -> tuple[jax.Array, jax.Array]:
+    """Return hidden states `[chunks, B, t, D]` and labels `[chunks, B, t]`, filled up with zeros and -100."""
     length = hidden.shape[1]
     if chunk is None:
-        size = jax.eval_shape(lambda: model.head(hidden, key=key)).size
+        size = jax.eval_shape(lambda: model.head(hidden)).size
         chunk = max(1, length * _room(model) // size)
     number = -(-length // chunk)
     width = -(-length // number)
@@ -55,18 +98,7 @@ def chunked_cross_entropy(
         x = jnp.pad(x, spare, constant_values=fill)
         return x.reshape(len(x), number, width, *x.shape[2:]).swapaxes(0, 1)
 
-    def loss(head: dict[int, Any], key: jax.Array | None, index: Any, hidden: Any, labels: Any) -> jax.Array:
-        whole = jax.tree.unflatten(tree, [head.get(i, leaf) for i, leaf in enumerate(leaves)])
-        key = None if key is None else jax.random.fold_in(key, index)
-        hidden = jnp.where((labels != IGNORED)[..., None], hidden, 0)
-        return cross_entropy(whole.head(hidden, key=key), labels, reduction="sum")
-
-    chunks = split(hidden, 0), split(labels, IGNORED)
-    jaxpr = jax.make_jaxpr(loss)(dict(enumerate(leaves)), key, 0, *(x[0] for x in chunks)).jaxpr
-    read = {id(v) for equation in jaxpr.eqns for v in equation.invars}
-    head = {i: leaf for i, leaf in enumerate(leaves) if id(jaxpr.invars[i]) in read}
-    spread = _mesh(model) is not None and _mesh(model).size > 1
-    return _total(loss, spread, head, key, *chunks)
+    return split(hidden, 0), split(labels, IGNORED)
 
 
 def _room(model: Any) -> int:

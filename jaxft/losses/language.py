@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import BatchError
-from .chunked import chunked_cross_entropy
+from .chunked import chunked_cross_entropy, likeliest_hits
 from .entropy import IGNORED
 
 
@@ -35,15 +35,45 @@ def next_token_loss(
     >>> int(tokens), bool(total > 0)
     (3, True)
     """
+    hidden, labels = _read(model, batch, key)
+    total = chunked_cross_entropy(model, hidden, labels, key=key)
+    return total, jnp.sum(labels != IGNORED).astype(jnp.float32), {}
+
+
+def next_token_figures(
+    model: Any, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Return `next_token_loss` and, as a further metric, how often the likeliest token is the right one: to evaluate.
+
+    Args:
+        model: As for `next_token_loss`.
+        batch: As there.
+        key: As there.
+
+    Returns:
+        Summed loss, number of trained tokens, and `token_accuracy`: (hits, number of trained tokens).
+
+    >>> import jaxft
+    >>> ids = jnp.array([[5, 6, 7, 8]])
+    >>> _, _, metrics = next_token_figures(jaxft.testing.tiny_llama(), {"input_ids": ids, "labels": ids})
+    >>> [float(x) for x in metrics["token_accuracy"]]
+    [0.0, 3.0]
+    """
+    hidden, labels = _read(model, batch, key)
+    total = chunked_cross_entropy(model, hidden, labels, key=key)
+    weight = jnp.sum(labels != IGNORED).astype(jnp.float32)
+    return total, weight, {"token_accuracy": (likeliest_hits(model, hidden, labels), weight)}
+
+
+def _read(model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return hidden states `[B, T, D]`, and labels `[B, T]` shifted to the states that predict them."""
     absent = [name for name in ("input_ids", "labels") if name not in batch]
     if absent:
         raise BatchError(f"next_token_loss needs input_ids and labels [B, T]; the batch lacks {' and '.join(absent)}")
     inputs = {name: batch[name] for name in ("attention_mask", "position_ids", "segment_ids") if name in batch}
     hidden = model.hidden(batch["input_ids"], **inputs, key=key)
     labels = jnp.where(predicted(batch), batch["labels"][:, 1:], IGNORED)
-    labels = jnp.pad(labels, ((0, 0), (0, 1)), constant_values=IGNORED)  # the last token predicts nothing
-    total = chunked_cross_entropy(model, hidden, labels, key=key)
-    return total, jnp.sum(labels != IGNORED).astype(jnp.float32), {}
+    return hidden, jnp.pad(labels, ((0, 0), (0, 1)), constant_values=IGNORED)  # the last token predicts nothing
 
 
 def predicted(batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -15,7 +15,7 @@ from ..data.batches import width_of
 from ..data.tokens import Example
 from ..errors import BatchError, ConfigError, DataError, MeshError, RunError, refuse
 from ..loading import free_name, load, load_run, load_tokenizer
-from ..losses.language import next_token_loss
+from ..losses.language import next_token_figures
 from ..methods import Full, Method
 from ..methods.merge import merge
 from ..methods.method import adapters, parts_of
@@ -272,7 +272,7 @@ def evaluate(
     model: Any, config: Config, data: Data, batch_size: int
 ) -> tuple[dict[str, float], list[tuple[Example, str]]]:
     """Return the figures of a model on the held-out rows, and the answers it wrote where answers are asked for."""
-    figures = evaluate_loss(model, next_token_loss, data.held_out, batch_size=batch_size)
+    figures = evaluate_loss(model, next_token_figures, data.held_out, batch_size=batch_size)
     e = config.evaluation
     if not (e.exact_match or e.scores or e.samples):
         return figures, []

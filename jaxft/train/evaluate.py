@@ -16,7 +16,9 @@ from ..generation.generate import generate_ids, stops_of
 def evaluate_loss(
     model: Any, loss: Callable[..., Any], datasets: Sequence[Dataset], *, batch_size: int = 8
 ) -> dict[str, float]:
-    """Return the loss per trained token over every row, dropout off: summed, then divided once.
+    """Return the loss per trained token over every row, dropout off, and the loss's further metrics likewise.
+
+    Each is summed over all rows, and divided once.
 
     Args:
         model: The model.
@@ -25,33 +27,38 @@ def evaluate_loss(
         batch_size: Rows at a time; it changes nothing but speed.
 
     Returns:
-        `loss`, and `loss/NAME` of each source where there are several.
+        `loss` and the metrics by name, and of each source, where there are several, `loss/NAME` and so on.
 
     >>> import jaxft
     >>> from jaxft.data.tokens import example
     >>> rows = Dataset([example([1, 2, 3], [False, True, True])])
-    >>> sorted(evaluate_loss(jaxft.testing.tiny_llama(), jaxft.losses.next_token_loss, [rows]))
-    ['loss']
+    >>> sorted(evaluate_loss(jaxft.testing.tiny_llama(), jaxft.losses.next_token_figures, [rows]))
+    ['loss', 'token_accuracy']
     """
-    sums = [_sums(model, loss, data, batch_size) for data in datasets]
-    each = {f"loss/{data.name}": total / weight for data, (total, weight) in zip(datasets, sums, strict=True)}
-    whole = {"loss": sum(total for total, _ in sums) / sum(weight for _, weight in sums)}
-    return {**each, **whole} if len(datasets) > 1 else whole
+    each = {data.name: _sums(model, loss, data, batch_size) for data in datasets}
+    whole = jax.tree.map(lambda *sums: sum(sums), *each.values())
+    figures = {f"{figure}/{name}": a / b for name, sums in each.items() for figure, (a, b) in sums.items()}
+    return {**(figures if len(datasets) > 1 else {}), **{figure: a / b for figure, (a, b) in whole.items()}}
 
 
-def _sums(model: Any, loss: Callable[..., Any], data: Dataset, batch_size: int) -> tuple[float, float]:
-    total = weight = 0.0
+def _sums(model: Any, loss: Callable[..., Any], data: Dataset, batch_size: int) -> dict[str, tuple[float, float]]:
+    """Return the pair (sum, weight) of each figure over the rows of one source."""
+    sums: Any = None
     for batch in eval_batches(data.examples, batch_size):
-        more, rows = _compiled(loss)(model, batch)
-        total, weight = total + float(more), weight + float(rows)
-    if not weight:
+        more = jax.tree.map(float, _compiled(loss)(model, batch))
+        sums = more if sums is None else jax.tree.map(float.__add__, sums, more)
+    if sums is None or not sums["loss"][1]:
         raise DataError(f"{data.name}: no token of it is trained, so there is no loss to measure")
-    return total, weight
+    return dict(sums)
 
 
 @lru_cache
 def _compiled(loss: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.jit(lambda model, batch: loss(model, batch, key=None)[:2])
+    def figures(model: Any, batch: Any) -> dict[str, Any]:
+        total, weight, metrics = loss(model, batch, key=None)
+        return {"loss": (total, weight), **metrics}
+
+    return jax.jit(figures)
 
 
 def write_answers(

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxft
 from jaxft.losses import cross_entropy, next_token_loss
-from jaxft.testing import tiny_llama
+from jaxft.testing import tiny_llama, token_batch
 
 
 def test_by_hand():
@@ -69,3 +70,27 @@ def test_an_attention_mask_narrows_the_segments():
     short = next_token_loss(model, batch([[5, 6, 7, 8, 9]], segment_ids=[[1, 1, 1, 2, 2]]))
     assert both[1] == short[1] == 3
     np.testing.assert_allclose(both[0], short[0], rtol=1e-6)
+
+
+def test_figures_count_the_likeliest_tokens():
+    model, batch = tiny_llama(), token_batch()
+    total, weight, metrics = jaxft.losses.next_token_figures(model, batch)
+    hits, counted = metrics["token_accuracy"]
+    assert (float(total), float(weight)) == tuple(map(float, jaxft.losses.next_token_loss(model, batch)[:2]))
+    guesses, labels = (
+        np.asarray(model(batch["input_ids"], batch["attention_mask"]).argmax(-1)),
+        np.array(batch["labels"]),
+    )
+    said = [
+        guess[t] == label[t + 1]
+        for guess, label in zip(guesses, labels, strict=True)
+        for t in range(11)
+        if label[t + 1] >= 0
+    ]
+    assert (float(hits), float(counted)) == (
+        sum(said),
+        len(said) - 1,
+    )  # the row padded left: its first predicts nothing
+    right = {**batch, "labels": jnp.pad(jnp.asarray(guesses)[:, :-1], ((0, 0), (1, 0)))}
+    hits, counted = jaxft.losses.next_token_figures(model, right)[2]["token_accuracy"]
+    assert float(hits) == float(counted) > 20
