@@ -87,10 +87,12 @@ def held_layers(model: Any, name: str) -> dict[str, dict[str, Any]]:
 def _flags(model: Any, method: Method, name: str) -> dict[str, bool]:
     flags = {path: method.trains(path, variable, name) for path, variable in variables(model).items()}
     hidden = [p for p, on in flags.items() if on and ".saved." in p and flags.get(re.sub(r"\.saved\.\w+", "", p))]
+    normed = [re.sub(r"\.delta\.\w+\.norm$", ".kernel", p) for p in flags if re.search(r"\.delta\.\w+\.norm$", p)]
     refuse(
         MethodError,
-        "parts of a method that do not add up: one trains a leaf of the base, another a copy that hides it",
-        hidden,
+        "parts of a method that do not add up",
+        [f"one trains a leaf of the base, another a copy that hides it: {p}" for p in hidden]
+        + [f"one trains a kernel of the base, of which a DoRA has the norm: {p}" for p in normed if flags.get(p)],
     )
     if not any(flags.values()):
         raise SelectionError(f"{type(method).__name__} trains no leaf of this {type(model).__name__}")

@@ -251,6 +251,16 @@ def test_what_cannot_be(method, model, error, match):
         (lambda method: jaxft.attach(model(), method))(method())
 
 
+def test_a_kernel_under_a_dora_is_not_trained():
+    """Its norm, which DoRA divides by, is that of the kernel as it was."""
+    dora = jaxft.LoRA(r=2, use_dora=True)
+    with pytest.raises(jaxft.MethodError, match=r"a DoRA has the norm: model\.layers\.self_attn\.q_proj\.kernel"):
+        jaxft.partition(tiny_llama(), jaxft.Full() | dora)
+    with pytest.raises(jaxft.MethodError, match="a DoRA has the norm"):
+        jaxft.TrainState.create(jaxft.attach(tiny_llama(), dora), jaxft.Full(), optax.sgd(1.0), name="second")
+    jaxft.partition(tiny_llama(), dora | jaxft.BitFit(create=True))
+
+
 def test_what_an_adapter_is_for_is_told_apart():
     """Leaves of one shape do not make two adapters the same."""
     square = jaxft.attach(tiny_llama(), jaxft.IA3(target_modules=("q_proj",), feedforward_modules=()))
