@@ -26,7 +26,9 @@ def draw_methods(found: Mapping[str, Any], title: str = "") -> Any:
     middle.set(xlabel="seconds of training", title="The same time")
     if found["target_loss"] is not None:
         middle.axhline(found["target_loss"], color="gray", linewidth=0.8, linestyle=":")
-    left.legend(frameon=False, fontsize="small", ncols=1 + len(good) // 7)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=min(len(good), 10)
+    )
     _zoom((left, middle), good)
     _scatter(right, good, [run["name"] for run in good], colors)
     return figure
