@@ -56,6 +56,7 @@ INSIDE = {
     "models": [*MODELS, "placement", "tensors", "hub"],
     "methods": [
         "linear",
+        "stacking",
         "method",
         "matching",
         "copies",
@@ -78,6 +79,7 @@ INSIDE = {
         "p_tuning",
         "p_tuning_v2",
         "__init__",
+        "switch",
         "partition",
     ],
     "losses": ["entropy", "chunked", "language", "__init__"],
@@ -99,7 +101,7 @@ INSIDE = {
     ],
     "testing": ["tiny", "laws", "__init__"],
 }
-INSIDE["methods"] += ["report", "switch", "merge", "average", "combine", "weighted"]
+INSIDE["methods"] += ["report", "merge", "average", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
 INSIDE["interop"] += ["export", "__init__"]
 INSIDE["train"] += ["trackers", "stop", "lock", "memory", "__init__"]

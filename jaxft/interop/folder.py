@@ -12,7 +12,7 @@ from ..errors import CheckpointError, MethodError, refuse
 from ..methods import METHODS, Adapter, Full, Method
 from ..methods.method import adapters, copy_tree, parts_of
 from ..methods.partition import attached
-from ..methods.switch import set_adapter
+from ..methods.switch import all_off, set_adapter
 from ..models.layers import Embed
 from ..models.names import named_modules
 from ..models.placement import place
@@ -130,7 +130,7 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         method = (own_method(config, where) if "jaxft_method" in config else method_of(config, where)).loaded()
     if name in adapters(model):
         raise MethodError(f"the model already has an adapter {name!r}: give another name, or jaxft.detach it first")
-    fresh = copy_tree(attached(model, method, name=name))
+    fresh = copy_tree(attached(all_off(model), method, name=name))
     places = entries(fresh, name, lambda path, v: method.trains(path, v, name))
     weights, convert = (library.WEIGHTS, library.CONVERT) if theirs else (WEIGHTS, CONVERT)
     with Tensors(folder, weights, convert) as tensors:

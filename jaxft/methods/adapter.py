@@ -36,7 +36,8 @@ class Adapter(Method):
     first, so that nothing changes (the library draws both from N(0, 0.02^2) for pfeiffer and houlsby and calls it
     close to the identity; `init="bert"` does so too); new layer norms, gates and heads are not part of it. On a
     pre-norm block the library's parallel adapter reads the stream as it is, not normed; the authors' code is
-    post-norm, so this is a choice: `parallel_input`.
+    post-norm, so this is a choice: `parallel_input`. Over a bfloat16 base houlsby is the base to rounding alone, since
+    XLA may then keep the sum that it stands in wider than the base's.
 
     Attributes:
         kind: `"pfeiffer"`, `"houlsby"` or `"parallel"`.

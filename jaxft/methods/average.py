@@ -12,7 +12,7 @@ from ..models.placement import place
 from ..models.seams import SLOTS, Delta
 from .method import Method, adapters, attach, owner
 from .partition import held_layers
-from .switch import set_adapter
+from .switch import all_off, set_adapter
 
 
 def average_adapters(model: Any, names: Sequence[str], *, name: str) -> Any:
@@ -46,7 +46,7 @@ def average_adapters(model: Any, names: Sequence[str], *, name: str) -> Any:
     other = [given for given in holds if holds[given] != holds[first]]
     problems += [f"{given!r} is for other layers or ranks than {first!r}" for given in other]
     refuse(MethodError, "adapters of unequal structure have no mean", problems)
-    fresh = attach(model, meant[first], name=name)
+    fresh = attach(all_off(model), meant[first], name=name)
     for place_, variable in _leaves(fresh, name).items():
         values = [own[place_].get_value() for own in leaves.values()]
         variable.set_value(sum(values) / len(values) if isinstance(variable, Delta) else values[0])

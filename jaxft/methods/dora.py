@@ -27,6 +27,7 @@ class DoRA(LowRank):
     """
 
     reversible = False  # merged, a column's norm is m, and what it was is gone
+    reads = "kernel"  # whose norm it holds
 
     def __init__(self, shape: tuple[int, ...], axes: tuple[Any, Any], *, kernel: jax.Array, **options: Any):
         super().__init__(shape, axes, **options)

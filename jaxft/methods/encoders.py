@@ -42,6 +42,7 @@ class Virtual(nnx.Module):
         self.encoder: Any = nnx.data(None) if encoder is None else encoder
         self.num_virtual_tokens, self.position_offset = len(vectors), position_offset
         self.rate, self.number = rate, number
+        self.layers_held, self.computes = None, (position_offset,)  # what another method must agree on to take it up
 
     def __call__(self, ctx: Context, rows: int) -> jax.Array:
         """Return `[1, P, out]`, or `[B, P, out]` for the B `rows` of a batch where something is dropped."""

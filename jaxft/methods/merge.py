@@ -14,7 +14,9 @@ from ..models.placement import place
 from ..models.seams import SLOTS, Context, mix
 from ..models.stack import spread
 from .linear import put, unseam
+from .low_rank import LowRank
 from .method import adapters, copy_tree, forget_adapters
+from .stacking import refuse_clashes
 
 LEAVES = ("kernel", "embedding", "bias")
 
@@ -60,7 +62,7 @@ def merge(model: Any) -> Any:
 
 
 def unmerge(model: Any) -> Any:
-    """Take the active adapters out of a base that they were merged into: the inverse of `merge`, to rounding.
+    """Take the adapters out of a base that they were merged into, as they count: the inverse of `merge`, to rounding.
 
     Args:
         model: A merged model with the same adapters attached and weighted as they were merged.
@@ -100,12 +102,16 @@ def unmerge(model: Any) -> Any:
 
 def _prepared(model: Any) -> tuple[Any, Context]:
     copy_tree(model)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model)):
+        raise MethodError("the model has shapes for arrays, so there is nothing to merge")
     if not adapters(model):
         raise MethodError("this model carries no adapter to merge")
     weights = model.adapter_weights.get_value()
     if weights.ndim > 1:
         raise MethodError("each row has adapter weights of its own; choose one set first, with jaxft.set_adapter")
     ctx = Context(weights=weights, names=tuple(adapters(model)))
+    refuse_clashes(model, list(adapters(model)), weights)
+    _refuse_products(model, {name for name, weight in zip(adapters(model), weights.tolist(), strict=True) if weight})
     before = "it stands before the sequence"
     kept = {"join": "a non-linearity is in no kernel", "past": before, "prompt": before}
     refuse(
@@ -119,6 +125,24 @@ def _prepared(model: Any) -> tuple[Any, Context]:
         ],
     )
     return copy_tree(model), ctx
+
+
+def _refuse_products(model: Any, names: set[str]) -> None:
+    """Refuse, at one module, a scale of its input beside what depends on its output: each would change the other."""
+    hung = {
+        n.path: {k: d for k, d in (getattr(n.module, "delta", None) or {}).items() if k in names}
+        for n in _adapted(model)
+    }
+    refuse(
+        MethodError,
+        "one scales what the other reads, and their changes of a kernel do not add up: merge one after the other",
+        [
+            f"{path} has {', '.join(f'the {type(d).__name__} of {name!r}' for name, d in deltas.items())}"
+            for path, deltas in hung.items()
+            if any(hasattr(d, "of_input") for d in deltas.values())
+            and not all(hasattr(d, "of_input") or type(d) is LowRank for d in deltas.values())
+        ],
+    )
 
 
 def _adapted(model: Any) -> list[Named]:

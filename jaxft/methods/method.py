@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..errors import MethodError
+from ..errors import MethodError, refuse
 from ..models.causal import CausalLM
 from ..models.names import variables
 from ..models.placement import place
 from ..models.seams import SLOTS, AdapterWeights, Delta
 from .linear import unseam
+from .stacking import refuse_clashes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,8 @@ def attach(model: Any, method: Method, *, name: str = "default", seed: int = 0) 
         The new model.
 
     Raises:
-        MethodError: The name is taken, or the method does not fit the model.
+        MethodError: The name is taken, the method does not fit the model, or it does not stack with an adapter that
+            counts.
         SelectionError: Part of the method's selection matches nothing.
 
     >>> import jaxft
@@ -149,8 +151,8 @@ def attach(model: Any, method: Method, *, name: str = "default", seed: int = 0) 
     """
     if not isinstance(method, Method):
         raise MethodError(f"{method!r} is no method; give jaxft.LoRA(...), jaxft.BitFit(), jaxft.Full() or your own")
-    if not name.isidentifier():
-        raise MethodError(f"adapter name {name!r}: use letters, digits and _, not beginning with a digit")
+    if not name.isidentifier() or name.startswith("_") or hasattr(nnx.Dict, name):
+        raise MethodError(f"adapter name {name!r}: begin with a letter, use letters, digits and _; no method of a dict")
     if name in adapters(model):
         raise MethodError(f"the model already has an adapter {name!r}; it has {', '.join(map(repr, adapters(model)))}")
 
@@ -160,9 +162,23 @@ def attach(model: Any, method: Method, *, name: str = "default", seed: int = 0) 
         return fresh
 
     fresh = copy_tree(model)
+    _refuse_reserved(fresh)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(fresh)):
         return place(jax.eval_shape(lambda m: build(copy_tree(m)), fresh))
-    return place(build(fresh))
+    fresh = build(fresh)
+    if adapters(fresh):
+        refuse_clashes(fresh, list(adapters(fresh)), fresh.adapter_weights.get_value())
+    return place(fresh)
+
+
+def _refuse_reserved(model: Any) -> None:
+    """Refuse a model of which a module has the name of a slot: it would be taken for what an adapter has hung there."""
+    taken = [path for path, m in nnx.iter_modules(model) if path and path[-1] in SLOTS and not isinstance(m, nnx.Dict)]
+    refuse(
+        MethodError,
+        f"modules with a name that is kept for adapters ({', '.join(SLOTS)})",
+        [f"{'.'.join(map(str, path))}: give it another name" for path in taken],
+    )
 
 
 def register(model: Any, name: str, method: Method) -> None:

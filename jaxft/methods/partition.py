@@ -14,6 +14,7 @@ from flax import nnx
 from ..errors import MethodError, PartitionError, SelectionError, nearest, refuse
 from ..models.names import LEAF_NAMES, dotted, is_variable, named_modules, variables
 from .method import Method, adapters, attach, detach
+from .switch import all_off
 
 
 def attached(model: Any, method: Method | None, *, name: str = "default", seed: int = 0) -> Any:
@@ -42,7 +43,7 @@ def attached(model: Any, method: Method | None, *, name: str = "default", seed: 
 
 def _readopt(model: Any, method: Method, name: str) -> Any:
     """Attach afresh and keep the values that hang there, if they are of the same places, shapes and scales."""
-    fresh = attach(detach(model, name), method, name=name)
+    fresh = attach(all_off(detach(model, name)), method, name=name)
     old, new = variables(model), variables(fresh)
     theirs = {path for path in (*old, *new) if f".{name}." in path}
     wrong = [f"{path} is only in one of the two" for path in sorted(theirs) if (path in old) != (path in new)]
@@ -61,13 +62,13 @@ def _readopt(model: Any, method: Method, name: str) -> Any:
                 wrong.append(f"{path}: {what} {one}, the method's {other}")
     headline = f"the model already carries an adapter {name!r} that {type(method).__name__} does not describe"
     refuse(MethodError, f"{headline}; give its own options, no method (None), or another name", wrong)
-    if getattr(model, "adapter_weights", None) is not None:
-        order = [n for n, _ in fresh.adapter_weights.get_metadata("adapters")]
-        was = [n for n, _ in model.adapter_weights.get_metadata("adapters")]
-        weights = model.adapter_weights.get_value()[..., jax.numpy.array([was.index(n) for n in order])]
+    if getattr(model, "adapter_weights", None) is not None:  # in the order that they had
+        known, weights = adapters(fresh), model.adapter_weights.get_value()
+        order = tuple((one, known[one]) for one in adapters(model))
         for path, variable in variables(fresh).items():
             if path.rsplit(".", 1)[-1] == "adapter_weights":
                 variable.set_value(jax.numpy.broadcast_to(weights, variable.get_value().shape))
+                variable.set_metadata(adapters=order)
     return fresh
 
 
@@ -88,6 +89,7 @@ def _flags(model: Any, method: Method, name: str) -> dict[str, bool]:
     flags = {path: method.trains(path, variable, name) for path, variable in variables(model).items()}
     hidden = [p for p, on in flags.items() if on and ".saved." in p and flags.get(re.sub(r"\.saved\.\w+", "", p))]
     normed = [re.sub(r"\.delta\.\w+\.norm$", ".kernel", p) for p in flags if re.search(r"\.delta\.\w+\.norm$", p)]
+    normed = [p if p in flags else _tied(model) for p in normed]  # a tied head's kernel is the table
     refuse(
         MethodError,
         "parts of a method that do not add up",
@@ -97,6 +99,11 @@ def _flags(model: Any, method: Method, name: str) -> dict[str, bool]:
     if not any(flags.values()):
         raise SelectionError(f"{type(method).__name__} trains no leaf of this {type(model).__name__}")
     return flags
+
+
+def _tied(model: Any) -> str:
+    table = model.backbone.input_embedding().embedding
+    return next(path for path, variable in variables(model).items() if variable is table)
 
 
 def trainable_mask(model: Any, method: Method | None, *, name: str = "default", seed: int = 0) -> Any:

@@ -1,19 +1,18 @@
 """How much each named adapter counts: switching, stacking, weighting, disabling are values; nothing recompiles."""
 
-from collections.abc import Iterator, Mapping
-from itertools import combinations
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from ..errors import MethodError, nearest, refuse
-from ..models.names import dotted, is_variable
+from ..errors import MethodError, nearest
+from ..models.names import is_variable
 from ..models.placement import beside
 from ..models.seams import AdapterWeights
 from .method import adapters
+from .stacking import refuse_clashes
 
 Weights = str | Mapping[str, float] | jax.Array | np.ndarray[Any, Any] | list[Any] | None
 
@@ -27,8 +26,8 @@ def set_adapter(model: Any, weights: Weights) -> Any:
             were attached, `[B, n]` for a batch whose rows use different adapters, or None: the base alone.
 
     Raises:
-        MethodError: A name that no adapter has, an array of another shape, or two adapters that count for the same row
-            and each replace the same leaf by a copy of their own: those do not add up.
+        MethodError: A name that no adapter has, an array of another shape, or adapters that count for the same row
+            and do not add up: two copies of one leaf, or a copy and what was made for the base's (DoRA, token rows).
 
     >>> import jaxft
     >>> model = jaxft.attach(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2), name="a")
@@ -41,8 +40,7 @@ def set_adapter(model: Any, weights: Weights) -> Any:
     if not names:
         raise MethodError("this model carries no adapter; jaxft.attach or jaxft.load_adapter gives it one")
     value = as_array(weights, names)
-    if not isinstance(value, jax.core.Tracer):
-        refuse(MethodError, "adapters that do not stack", _clashes(holder, names, np.atleast_2d(np.asarray(value))))
+    refuse_clashes(holder, names, value)
 
     def change(variable: Any) -> Any:
         if not isinstance(variable, AdapterWeights) or variable.get_value() is None:
@@ -54,20 +52,9 @@ def set_adapter(model: Any, weights: Weights) -> Any:
     return jax.tree.map(change, model, is_leaf=is_variable)
 
 
-def _clashes(model: Any, names: list[str], rows: np.ndarray[Any, Any]) -> Iterator[str]:
-    """Name the leaves of which two adapters that count together each have a copy (`modules_to_save`, `bias`)."""
-    together = {
-        pair for row in rows for pair in combinations([n for n, w in zip(names, row, strict=True) if w], 2)
-    }  # fmt: skip
-    for path, module in nnx.iter_modules(model) if together else ():
-        saved: Any = getattr(module, "saved", None) or {}
-        for one, other in sorted(together):
-            if one in saved and other in saved:
-                a, b = saved[one], saved[other]
-                both = sorted({k for k, v in vars(a).items() if is_variable(v) and k != "gate"} & set(vars(b)))
-                apart = None not in (a.layers_held, b.layers_held) and not {*a.layers_held} & {*b.layers_held}
-                if both and not apart:
-                    yield f"{one!r} and {other!r} each have a copy of {dotted(path)}.{', '.join(both)}; let one count"
+def all_off(model: Any) -> Any:
+    """Return the model with no adapter that counts, if it has any."""
+    return set_adapter(model, None) if adapters(model) else model
 
 
 def as_array(weights: Weights, names: list[str]) -> jax.Array:

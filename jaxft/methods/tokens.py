@@ -27,6 +27,7 @@ class TokenRows(nnx.Module):
     """
 
     reversible = False  # merged, the base's own rows are gone
+    reads = "embedding"  # whose rows it replaces
     layers_held = None
 
     def __init__(self, tokens: tuple[int, ...], table: jax.Array):

@@ -24,6 +24,7 @@ from .combine import (
 from .lora import LoRA
 from .low_rank import LowRank
 from .method import Method, attach
+from .switch import all_off
 
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = ("svd", "cat", *ON_FACTORS, *(f"{rule}_svd" for rule in ON_FACTORS[1:]))
@@ -103,7 +104,7 @@ def add_weighted_adapter(
         _check_equal_ranks(parts, combination)
     largest = max(map(max, ranks))
     rank = max(map(sum, ranks)) if combination == "cat" else svd_rank if _on_deltas(combination) else largest
-    fresh = attach(model, _method(list(meant.values()), targets, rank or largest), name=name)
+    fresh = attach(all_off(model), _method(list(meant.values()), targets, rank or largest), name=name)
     for n in named_modules(fresh):
         for layer, at in parts.get(n.path, {}).items():
             rng = np.random.default_rng([seed, number(n.path), layer])
