@@ -173,7 +173,10 @@ def compare(
     sets: Overrides = None,
     output: Annotated[str | None, typer.Option(help="Another folder for the comparison.", metavar="DIR")] = None,
 ) -> None:
-    """Train methods side by side on the same data, seed and budget; the same command goes on where it was stopped."""
+    """Train methods side by side on the same data, seed and budget; the same command goes on where it was stopped.
+
+    The table is of the runs that the command names; those of an earlier one in the folder stay, and are not in it.
+    """
     from . import compare as c
     from .run import write_whole
     from .train.stop import Stopped

@@ -183,6 +183,7 @@ def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainSta
     else:
         model = load_model(resolve(m.source, weights=False), **options, abstract=True)
     method = config.make_method()
+    method = method if method is None else method.loaded()  # a prompt's first words make no difference
     if method is None:
         raise RunError("method is left out: jaxft plan needs one, since it reads no run's adapter")
     return TrainState.create(model, method, sft.optimizer_of(config, config.train.steps or STEPS))

@@ -105,7 +105,7 @@ def test_side_by_side(place, run, here):
         summary = json.loads((place / "side" / name / "summary.json").read_text())
         assert one["after"]["loss"] == summary["after"]["eval_loss"] == one["losses"][-1][1]
         assert [step for step, _ in one["losses"]] == [0, 2, 4]
-        assert one["losses"][0][1] == pytest.approx(found["before"], abs=1e-6)
+        assert one["losses"][0][1] == pytest.approx(one["before"], abs=1e-6)
         assert one["peak_memory_bytes"] == summary["peak_memory_bytes"] > 1 << 26
         assert one["disk_bytes"] > 4 * one["trainable_parameters"]
         assert one["seconds_to_target"] == one["steps_to_target"] * one["step_seconds"] > 0
@@ -195,6 +195,9 @@ MISTAKES = [
     (["--sweep", "method.r=1,0"], "--sweep method.r: method.r: r=0: a rank is a whole number of at least 1"),
     (["--sweep", "method.r=1,1"], "1 stands twice"),
     (["--sweep", "method.r"], "give key.sub=value,value,..."),
+    (["--sweep", "data.max_length=32,64"], "runs are compared on the same rows"),
+    (["--sweep", "output=a,b"], "each in a folder of its own"),
+    (["--sweep", "method.target_modules=(a),[a]"], "two runs would share|is not"),
     (["--sweep", "optimizer.speed=1,2"], "--sweep optimizer.speed: optimizer.speed: unknown key"),
     (["--methods", "full", "--sweep", "method.r=1,2"], "full has no such option"),
     (["--methods", "lora", "--set", "data.eval=null"], "methods are compared on held-out rows: set data.eval"),

@@ -103,6 +103,10 @@ def _swept(sweep: str | None) -> tuple[str, list[tuple[str | None, Any]]]:
         return "", [(None, None)]
     key, equals, listed = sweep.partition("=")
     texts = [text.strip() for text in listed.split(",")]
+    if key in ("output", "compare", "evaluation.rows") or (key.startswith("data.") and key != "data.packing"):
+        raise ConfigError(
+            f"--sweep {key}: runs are compared on the same rows, each in a folder of its own; sweep another"
+        )
     if not equals or not all(key.split(".")) or not all(texts):
         raise ConfigError(f"--sweep {sweep}: give key.sub=value,value,... such as method.r=1,2,4")
     twice = sorted({text for text in texts if texts.count(text) > 1})
@@ -130,7 +134,8 @@ def _names(config: Config, methods: str | None, *, swept: bool) -> list[str]:
 
 def _check_folders(base: Config, made: list[Contestant]) -> None:
     """Refuse folders that hold something else than runs of these very configs."""
-    problems = []
+    folders = [one.config.output for one in made]
+    problems = [f"two runs would share {f}: give other values" for f in dict.fromkeys(folders) if folders.count(f) > 1]
     if RunFolder(base.output).started:
         problems.append(f"{base.output}: it holds a run; give the comparison an `output` of its own (--output)")
     for one in made:

@@ -36,10 +36,11 @@ def draw_methods(found: Mapping[str, Any], title: str = "") -> Any:
 
 def draw_sweep(found: Mapping[str, Any], title: str = "") -> Any:
     """Return a matplotlib figure of a sweep: final loss by value, against what is trained, and the curves."""
-    good = [run for run in found["runs"] if not run["error"]]
+    numbers = all(type(run["value"]) in (int, float) for run in found["runs"])
+    runs = [run if numbers else {**run, "value": str(run["value"])} for run in found["runs"]]
+    good = [run for run in runs if not run["error"]]
     methods = list(dict.fromkeys(run["method"] for run in good))
-    values = list(dict.fromkeys(run["value"] for run in found["runs"]))
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    values = list(dict.fromkeys(run["value"] for run in runs))
     figure, (left, middle, right) = _figure(3, title)
     for method, color in zip(methods, _colors(len(methods)), strict=True):
         mine = [run for run in good if run["method"] == method and run["after"]["loss"] is not None]

@@ -26,9 +26,10 @@ def measure(
             every run has reached.
 
     Returns:
-        `key`, `target_loss`, `before` (the held-out loss before training), `devices`, and `runs`, each with
+        `key`, `target_loss`, `devices`, and `runs`, each with
 
         - `name`, `method`, `value`, `error` (then nothing else);
+        - `before`: the held-out loss before training, of the model with its adapter;
         - `trainable_parameters`, `trainable_percent`, `learning_rate`;
         - `after`: the figures on the held-out rows at the end; `losses`: pairs (step, held-out loss);
         - `step_seconds`: the median over what was logged, the first left out, which compiles;
@@ -53,7 +54,6 @@ def measure(
     return {
         "key": key,
         "target_loss": target,
-        "before": next((run["losses"][0][1] for run in good), None),
         "devices": sorted({run["device"] for run in good}),
         "runs": runs,
     }
@@ -74,6 +74,7 @@ def _figures(one: Contestant, error: str | None) -> dict[str, Any]:
         "trainable_percent": summary["trainable_percent"],
         "learning_rate": one.config.optimizer.learning_rate,
         "after": {name.removeprefix("eval_"): value for name, value in summary["after"].items()},
+        "before": next((row["eval_loss"] for row in rows if "eval_loss" in row), None),
         "losses": [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row],
         "step_seconds": statistics.median(times[1:] or times),
         "peak_memory_bytes": summary["peak_memory_bytes"],
@@ -128,7 +129,9 @@ def as_markdown(found: Mapping[str, Any]) -> str:
     lines = [[cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
              for row in table]  # fmt: skip
     lines.insert(1, [f"{'-' * (w - 1)}:" if i else "-" * w for i, w in enumerate(widths)])
-    before = f"Held-out loss before training {_number(found['before'], '.3f')}; {', '.join(found['devices'])}."
+    starts = {_number(run["before"], ".3f") for run in good}
+    said = " to ".join(sorted(starts)[:: max(len(starts) - 1, 1)])
+    before = f"Held-out loss before training {said}; {', '.join(found['devices'])}."
     failed = [f"{run['name']}: {run['error']}" for run in found["runs"] if run["error"]]
     return "\n".join([f"| {' | '.join(line)} |" for line in lines] + ["", *([before] if good else []), *failed]) + "\n"
 

@@ -45,6 +45,8 @@ def next_token_figures(
 ) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     """Return `next_token_loss` and, as a further metric, how often the likeliest token is the right one: to evaluate.
 
+    The head is computed for each of the two.
+
     Args:
         model: As for `next_token_loss`.
         batch: As there.

@@ -20,6 +20,8 @@ Weights = str | Mapping[str, float] | jax.Array | np.ndarray[Any, Any] | list[An
 def set_adapter(model: Any, weights: Weights) -> Any:
     """Return the model with other weights on its adapters; the arrays are shared, the given one stays as it is.
 
+    In a table of positions (GPT-2), those that prefixes and prompts shift by stay kept while they are off.
+
     Args:
         model: A model with adapters, a part of one, or a `TrainState`.
         weights: A name (that one alone), `{name: weight}` (the others 0), an array `[n]` in the order in which they

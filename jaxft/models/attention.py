@@ -141,7 +141,13 @@ def causal_mask(
     return mask[:, None]
 
 
-def slide(mask: jax.Array, windows: tuple[int, ...], layer: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+def slide(
+    mask: jax.Array,
+    windows: tuple[int, ...],
+    layer: jax.Array,
+    start: jax.Array | int = 0,
+    places: jax.Array | None = None,
+) -> jax.Array:
     """Narrow a mask to a layer's window: a query sees itself and the `window - 1` places before it, as in transformers.
 
     Args:
@@ -149,6 +155,7 @@ def slide(mask: jax.Array, windows: tuple[int, ...], layer: jax.Array, start: ja
         windows: The window of every layer. Looked up by the layer's index, it costs one program whatever the depth.
         layer: Index of the layer.
         start: Place of the first query among the keys.
+        places: `[R, T]` of queries and keys alike, where some of them are not there and do not count.
 
     Returns:
         `[B or 1, 1, T, S]` bool.
@@ -156,16 +163,20 @@ def slide(mask: jax.Array, windows: tuple[int, ...], layer: jax.Array, start: ja
     >>> slide(causal_mask(4), (9, 2), jnp.int32(1))[0, 0].astype(int).tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     """
-    queries, keys = (jnp.arange(length) for length in mask.shape[-2:])
-    distance = (start + queries)[:, None] - keys[None, :]
-    return mask & (distance < jnp.asarray(windows, jnp.int32)[layer])[None, None]
+    if places is None:
+        queries, keys = (jnp.arange(length)[None] for length in mask.shape[-2:])
+        queries = start + queries
+    else:
+        queries = keys = places
+    distance = queries[:, :, None] - keys[:, None, :]
+    return mask & (distance < jnp.asarray(windows, jnp.int32)[layer])[:, None]
 
 
 def slide_past(past: Past, positions: jax.Array, windows: tuple[int, ...], layer: jax.Array) -> Past:
     """Narrow what stands before the sequence to a layer's window: each virtual place counts as a token's, as in peft.
 
-    The distance is counted over real tokens of the query's own row or segment: what is padded or packed before them
-    pushes nothing out of sight.
+    The distance is that of the positions, which by default count the real tokens of the query's own row or segment:
+    what is padded or packed before them pushes nothing out of sight. (Between tokens, `slide` counts places.)
 
     Args:
         past: The virtual places.

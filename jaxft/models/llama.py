@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from .attention import attend, slide, slide_past
-from .cache import Cache
+from .cache import Cache, Kept
 from .causal import CausalLM
 from .config import ModelConfig, activation
 from .layers import ACTIVATIONS, Embed, Join, Linear, RMSNorm
@@ -81,7 +81,8 @@ class LlamaAttention(nnx.Module):
         q, k, v = (y.reshape(b, t, -1, c.head_dim).swapaxes(1, 2) for y in self.project(x, ctx))
         q, k = rotate(q, ctx.rope), rotate(k, ctx.rope)
         if c.windows:
-            mask = slide(mask, c.windows, ctx.layer, 0 if cache is None else cache.index)
+            virtual = ctx.positions if isinstance(cache, Kept) else None
+            mask = slide(mask, c.windows, ctx.layer, 0 if cache is None else cache.index, virtual)
         if cache is not None:
             cache, k, v = cache.write(ctx.layer, k, v)
         if c.windows and ctx.past is not None:

@@ -236,20 +236,21 @@ def check_fit(config: Config, data: Data, model: Any) -> None:
     Raises:
         BatchError: The tokenizer is not this model's, or `data.max_length` is too long for it.
     """
-    known, positions = model.config.vocab_size, getattr(model.config, "n_positions", None)
+    known, positions = model.config.vocab_size, model.positions_left()
+    beside = "" if positions == getattr(model.config, "n_positions", None) else " beside its virtual tokens"
     packing, length = config.data.packing, config.data.max_length
     padded = data.held_out if packing else (*data.train, *data.held_out)
     longest = max((len(row) for part in padded for row in part.examples), default=0)
     if positions is not None and packing and data.train and length > positions:
         raise BatchError(
-            f"data.max_length {length}: packs are as wide, but this model has {positions} positions: set it to "
-            f"{positions} at most"
+            f"data.max_length {length}: packs are as wide, but this model has {positions} positions{beside}: set it "
+            f"to {positions} at most"
         )
     if positions is not None and width_of(longest) > positions:
         fits = max((n for n in range(positions + 1) if width_of(n) <= positions), default=positions)
         raise BatchError(
             f"data.max_length {length}: the longest row has {longest} tokens and is padded to "
-            f"{width_of(longest)}, but this model has {positions} positions: set it to {fits}"
+            f"{width_of(longest)}, but this model has {positions} positions{beside}: set it to {fits}"
         )
     e = config.evaluation
     if positions is not None and (e.exact_match or e.scores or e.samples):
@@ -257,7 +258,8 @@ def check_fit(config: Config, data: Data, model: Any) -> None:
         if asked and asked + e.max_new_tokens > positions:
             raise BatchError(
                 f"evaluation.max_new_tokens {e.max_new_tokens}: the longest prompt has {asked} tokens, and this model "
-                f"has {positions} positions: set it to {max(positions - asked, 1)}, or a shorter data.max_length"
+                f"has {positions} positions{beside}: set it to {max(positions - asked, 1)}, or a shorter "
+                "data.max_length"
             )
     for part in (*data.train, *data.held_out):
         for row in part.examples:

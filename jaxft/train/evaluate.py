@@ -9,7 +9,7 @@ import jax
 from ..data.batches import eval_batches
 from ..data.source import Dataset
 from ..data.tokens import Example
-from ..errors import DataError
+from ..errors import DataError, refuse
 from ..generation.generate import generate_ids, stops_of
 
 
@@ -27,7 +27,11 @@ def evaluate_loss(
         batch_size: Rows at a time; it changes nothing but speed.
 
     Returns:
-        `loss` and the metrics by name, and of each source, where there are several, `loss/NAME` and so on.
+        `loss` and the metrics by name, and of each source, where there are several, `loss/NAME` and so on; without
+        those that nothing was counted for.
+
+    Raises:
+        DataError: A source of which no token is trained, or two of one name.
 
     >>> import jaxft
     >>> from jaxft.data.tokens import example
@@ -35,10 +39,15 @@ def evaluate_loss(
     >>> sorted(evaluate_loss(jaxft.testing.tiny_llama(), jaxft.losses.next_token_figures, [rows]))
     ['loss', 'token_accuracy']
     """
+    names = [data.name for data in datasets]
+    refuse(
+        DataError, "sources of one name", [f"{n!r} stands twice" for n in dict.fromkeys(names) if names.count(n) > 1]
+    )
     each = {data.name: _sums(model, loss, data, batch_size) for data in datasets}
     whole = jax.tree.map(lambda *sums: sum(sums), *each.values())
-    figures = {f"{figure}/{name}": a / b for name, sums in each.items() for figure, (a, b) in sums.items()}
-    return {**(figures if len(datasets) > 1 else {}), **{figure: a / b for figure, (a, b) in whole.items()}}
+    pairs = {f"{figure}/{name}": pair for name, sums in each.items() for figure, pair in sums.items()}
+    pairs = {**(pairs if len(datasets) > 1 else {}), **whole}
+    return {figure: total / weight for figure, (total, weight) in pairs.items() if weight}
 
 
 def _sums(model: Any, loss: Callable[..., Any], data: Dataset, batch_size: int) -> dict[str, tuple[float, float]]:

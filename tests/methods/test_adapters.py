@@ -186,7 +186,9 @@ def test_an_adapter_that_is_off_is_not_trained_silently():
     "method", [jaxft.LoRA(r=2, bias="all") | jaxft.BitFit(), jaxft.LoRA(r=2, modules_to_save=("ln_f",)) | jaxft.Full()]
 )
 def test_parts_that_hide_each_other(method):
-    with pytest.raises(jaxft.MethodError, match=r"do not add up: .*\n  - transformer\..*saved\.default"):
+    with pytest.raises(
+        jaxft.MethodError, match=r"do not add up\n  - one trains a leaf .* hides it: transformer\..*saved\.default"
+    ):
         jaxft.partition(jaxft.testing.tiny_gpt2(), method)
 
 

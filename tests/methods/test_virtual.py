@@ -419,3 +419,13 @@ def test_damaged_folders(tmp_path):
     jaxft.save_adapter(jaxft.attach(model, jaxft.PrefixTuning(3)), tmp_path)
     with pytest.raises(jaxft.CheckpointError, match=r"prompt_embeddings is \(3, 64\) in the file, \(3, 96\)"):
         jaxft.load_adapter(tiny_llama(num_hidden_layers=3), tmp_path)
+
+
+def test_a_prompt_that_is_off_pushes_nothing_out_of_a_window():
+    three = {"a": 3, "b": 6, "c": 3}
+    model = MODELS["mistral"]()
+    for seed, (name, places) in enumerate(three.items()):
+        model = adapted("mistral", jaxft.PromptTuning(places), name=name, seed=seed, base=model)
+    ids_, off = ids(), jaxft.set_adapter(model, {"a": 1, "c": 1})
+    np.testing.assert_allclose(off(ids_), jaxft.detach(off, "b")(ids_), atol=1e-6)
+    assert np.abs(off(ids_) - model(ids_)).max() > 1e-3

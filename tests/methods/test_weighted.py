@@ -22,10 +22,11 @@ def with_adapters(base=None, **methods):
     model = base or tiny_llama()
     for name, method in methods.items():
         model = jaxft.attach(model, method, name=name, seed=len(name))
+        model = jaxft.set_adapter(model, None)
     for i, (path, v) in enumerate(variables(model).items()):
         if ".delta." in path and path.endswith((".a", ".b")):
             v.set_value(v.get_value() + 0.1 * jax.random.normal(jax.random.key(i), v.get_value().shape))
-    return jaxft.set_adapter(model, None)
+    return model
 
 
 def changes(model, name):
@@ -281,9 +282,7 @@ def test_copies_do_not_stack():
     copies = jaxft.LoRA(r=2, modules_to_save=("norm", "lm_head"))
     model = with_adapters(a=copies, bb=copies, ccc=jaxft.LoRA(r=2))
     for weights in ({"a": 1, "bb": 1}, [[1, 0, 0], [0.5, 0.5, 0]]):
-        with pytest.raises(
-            jaxft.MethodError, match=r"'a' and 'bb' each have a copy of model.norm.scale; let one count"
-        ):
+        with pytest.raises(jaxft.MethodError, match=r"'a' and 'bb' each have a copy of model.norm.scale"):
             jaxft.set_adapter(model, weights)
     for weights in ({"a": 1, "ccc": 1}, [[1, 0, 1], [0, 1, 1]]):
         jaxft.set_adapter(model, weights)

@@ -323,6 +323,15 @@ def test_what_is_wrong_ends_before_the_first_step(run, place, old, new, message)
     assert sorted(p.name for p in place.iterdir()) == before
 
 
+def test_virtual_tokens_take_positions(run, place):
+    jaxft.save_model(jaxft.testing.tiny_gpt2(vocab_size=300, n_positions=32), place / "tight", make_tokenizer())
+    method = "method={name: prefix_tuning, num_virtual_tokens: 20}"
+    for command in ("validate", "train"):
+        code, _, err = run(command, "c.yaml", "--set", "model.path=tight", "--set", method, "--output", "tight-run")
+        assert (code, "this model has 12 positions beside its virtual tokens: set it to" in err) == (2, True), err
+    assert not (place / "tight-run").exists()
+
+
 def test_validate_writes_nothing(run, place):
     before = sorted(p.name for p in place.iterdir())
     code, out, _ = run("validate", "c.yaml")

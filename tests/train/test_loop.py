@@ -86,6 +86,8 @@ def test_evaluation_is_over_tokens_whatever_the_batch():
         assert figures["loss/b"] == pytest.approx(sums[4:, 0].sum() / sums[4:, 1].sum(), rel=1e-6)
     with pytest.raises(DataError, match="no token of it is trained"):
         evaluate_loss(model, next_token_loss, [Dataset([example([1, 2], [True, False])])])
+    with pytest.raises(DataError, match="'data' stands twice"):
+        evaluate_loss(model, next_token_loss, [Dataset([example([1, 2], [True, True])])] * 2)
 
 
 def test_answers_come_in_the_order_of_the_rows():
