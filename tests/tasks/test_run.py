@@ -327,7 +327,8 @@ def test_virtual_tokens_take_positions(run, place):
     jaxft.save_model(jaxft.testing.tiny_gpt2(vocab_size=300, n_positions=32), place / "tight", make_tokenizer())
     method = "method={name: prefix_tuning, num_virtual_tokens: 20}"
     for command in ("validate", "train"):
-        code, _, err = run(command, "c.yaml", "--set", "model.path=tight", "--set", method, "--output", "tight-run")
+        sets = ("--set", "model.path=tight", "--set", method, "--set", "output=tight-run")
+        code, _, err = run(command, "c.yaml", *sets)
         assert (code, "this model has 12 positions beside its virtual tokens: set it to" in err) == (2, True), err
     assert not (place / "tight-run").exists()
 
