@@ -40,10 +40,9 @@ def config_of(method: IA3, model: Any) -> dict[str, Any]:
 def method_of(config: Mapping[str, Any], where: str) -> IA3:
     """Return the method that a config of peft's, whose keys are all known, describes."""
     del where
-    inputs = config["feedforward_modules"]
     return IA3(
         target_modules=config["target_modules"],
-        feedforward_modules=inputs if isinstance(inputs, str) else tuple(inputs),
+        feedforward_modules=config["feedforward_modules"],
         exclude_modules=config.get("exclude_modules") or None,
         modules_to_save=config.get("modules_to_save") or (),
     )

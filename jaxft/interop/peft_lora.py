@@ -92,7 +92,7 @@ def method_of(config: Mapping[str, Any], where: str) -> LoRA:
         alpha_pattern=config.get("alpha_pattern") or (),
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
-        trainable_tokens=config.get("trainable_token_indices") or (),
+        trainable_tokens=config.get("trainable_token_indices"),
         bias=config.get("bias") or "none",
         modules_to_save=config.get("modules_to_save") or (),
         init=init if init in NAMED else "default",

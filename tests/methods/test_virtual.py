@@ -321,6 +321,8 @@ BAD = [
     (jaxft.PTuningV2, {"encoder": "lstm", "dropout": 1.0}, "dropout=1.0.*\n.*encoder='lstm'"),
     (jaxft.PTuning, {"encoder": "gru", "encoder_num_layers": True}, "encoder_num_layers=True.*\n.*encoder='gru'"),
     (jaxft.PromptTuning, {"init": "text"}, "needs init_text or init_ids"),
+    (jaxft.PromptTuning, {"init": "text", "init_ids": 5}, "init_ids=5: give ids of tokens"),
+    (jaxft.PromptTuning, {"init": "text", "init_ids": ("a",)}, r"init_ids=\('a',\): give ids of tokens"),
     (jaxft.PromptTuning, {"init_ids": (1,)}, "needs init_text or init_ids"),
     (jaxft.PromptTuning, {"init": "text", "init_ids": (1,), "tokenizer_name_or_path": "x"}, "is for init_text"),
 ]
