@@ -38,7 +38,8 @@ def save_serving(model_or_state: Any, folder: str | Path, *, name: str | None = 
 
     Raises:
         MethodError: There is no such adapter, or part of it is no low-rank product beside a linear layer (DoRA, copies
-            of modules or biases, embeddings, token rows, IA3): each place is named.
+            of modules or biases, embeddings, token rows, IA3) or beside several under one name:
+            each place is named. Or the model has shapes for arrays.
 
     >>> import jaxft, json, tempfile
     >>> model = jaxft.attach(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2, alpha=8, rank_pattern={"v_proj": 4}))
@@ -54,7 +55,9 @@ def save_serving(model_or_state: Any, folder: str | Path, *, name: str | None = 
     for n in modules:
         for slot in SLOTS:
             hung = (getattr(n.module, slot, None) or {}).get(name)
-            if type(hung) in PLAIN:
+            if isinstance(hung, LowRank) and not n.stacked and hung.a.get_value().ndim > 2:
+                problems.append(f"{n.path} is several layers of your own model under one name")
+            elif type(hung) in PLAIN:
                 found[n.path] = spread(hung, len(n.names))
             elif hung is not None:
                 problems.append(f"{n.path} has a {type(hung).__name__} in its slot `{slot}`")
