@@ -20,7 +20,7 @@ from ..models.placement import place
 from ..models.tensors import Tensors, read_json, replacing, write_tensors
 from . import adapters as library
 from .entries import PREFIX, Entry, entries, fill_entries
-from .peft import FORMATS, config_of, method_of
+from .peft import FORMATS, common, config_of, method_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONVERT = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
@@ -213,8 +213,7 @@ def own_config(method: Method, model: Any) -> dict[str, Any]:
     if unnamed:
         raise MethodError(f"{', '.join(unnamed)} has no entry in jaxft.methods.METHODS, so no folder can name it")
     parts = [{"name": names[type(part)], **dataclasses.asdict(part)} for part in parts_of(method)]
-    source = getattr(getattr(model, "config", None), "source", "") or None
-    return {"base_model_name_or_path": source, "jaxft_method": parts, "peft_type": "JAXFT"}
+    return {**common("JAXFT", model), "jaxft_method": parts}
 
 
 def own_method(config: dict[str, Any], where: str) -> Method:

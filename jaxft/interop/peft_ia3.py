@@ -28,12 +28,12 @@ def config_of(method: IA3, model: Any) -> dict[str, Any]:
         wanted = tuple(name for target, _ in targets for name in target.names)
         inputs = tuple(name for target, at_input in targets if at_input for name in target.names)
     return {
-        "exclude_modules": _list(method.exclude_modules),
+        "exclude_modules": method.exclude_modules,
         "fan_in_fan_out": not all(getattr(target.named.module, "transposed", True) for target, _ in targets),
-        "feedforward_modules": _list(inputs),
+        "feedforward_modules": inputs,
         "init_ia3_weights": True,
         "modules_to_save": list(method.modules_to_save) or None,
-        "target_modules": _list(wanted),
+        "target_modules": wanted,
     }
 
 
@@ -46,7 +46,3 @@ def method_of(config: Mapping[str, Any], where: str) -> IA3:
         exclude_modules=config.get("exclude_modules") or None,
         modules_to_save=config.get("modules_to_save") or (),
     )
-
-
-def _list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -16,6 +16,7 @@ from ..models.stack import spread
 from ..models.tensors import replacing, write_tensors
 from .entries import PREFIX
 from .folder import CONFIG, WEIGHTS, chosen
+from .peft import common
 
 PLAIN = (LowRank, PiSSA)
 
@@ -73,18 +74,15 @@ def save_serving(model_or_state: Any, folder: str | Path, *, name: str | None = 
                 tensors[f"{PREFIX}{module}.lora_A.weight"] = a
                 tensors[f"{PREFIX}{module}.lora_B.weight"] = b
     config = {
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "source", "") or None,
+        **common("LORA", model),
         "bias": "none",
         "fan_in_fan_out": not all(getattr(n.module, "transposed", True) for n in modules if n.path in found),
-        "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": r,
         "lora_dropout": 0.0,
         "modules_to_save": None,
-        "peft_type": "LORA",
         "r": r,
         "target_modules": targets,
-        "task_type": "CAUSAL_LM" if hasattr(model, "head") else None,
         "use_dora": False,
         "use_rslora": False,
     }
