@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from .config import Config
@@ -130,8 +131,8 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
     arguments = _device_bytes((state.trainable, state.frozen, state.opt_state, state.step, state.key, batch))
     collectives = None
     cached = jax.config.values["jax_enable_compilation_cache"]
-    # a program for devices that are not there can be written to a cache, and not be read from it again
-    jax.config.update("jax_enable_compilation_cache", cached and topology is None)
+    if topology is not None:  # a program for devices that are not there can be written to a cache, but not read again
+        _use_cache(False)
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -149,7 +150,8 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         total = memory.argument_size_in_bytes + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
         collectives = _collectives(compiled)
     finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
+        if topology is not None:
+            _use_cache(cached)
     report = parameter_report(state)
     return Plan(
         device=devices[0].device_kind,
@@ -170,6 +172,12 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         compile_seconds=seconds,
         collectives=collectives,
     )
+
+
+def _use_cache(on: bool) -> None:
+    """Switch the compilation cache; what it has decided once, it keeps to until it is reset."""
+    jax.config.update("jax_enable_compilation_cache", on)
+    compilation_cache.reset_cache()
 
 
 def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainState:

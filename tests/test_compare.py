@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_finite(place, run, here, monkeypatch):
     found = measure(contestants("c.yaml", "full,lora", None, ["output=nan"]), {})
     table = as_markdown(found)
     assert found["runs"][0]["seconds_to_target"] is None and found["runs"][1]["seconds_to_target"] > 0
-    assert table.splitlines()[2].count(" - |") == 2 and "**" in table.splitlines()[3]
+    assert table.splitlines()[2].count(" - |") == 3 and "**" in table.splitlines()[3]
     assert len(draw_methods(found).axes[2].lines) == 1
 
 

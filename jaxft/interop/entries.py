@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MethodError
 from ..methods.bottleneck import Bottleneck
 from ..methods.dora import DoRA
 from ..methods.embedding import LowRankEmbedding
@@ -91,11 +91,19 @@ def entries(model: Any, name: str, trains: Callable[[str, nnx.Variable[Any]], bo
         model: The model that carries it.
         name: The adapter's name, which stands in no tensor's name.
         trains: Tells of a base leaf's path whether the adapter's method trains it.
+
+    Raises:
+        MethodError: What hangs somewhere is of a type that has no names in a file.
     """
     out: dict[str, Entry] = {}
     for n in named_modules(model):
         for slot in SLOTS:
             hung = (getattr(n.module, slot, None) or {}).get(name)
+            if hung is not None and type(hung) not in TENSORS:
+                raise MethodError(
+                    f"{n.path or 'the model'} has a {type(hung).__name__} in its slot `{slot}`, a type without an "
+                    "entry in jaxft.interop.entries.TENSORS, so no file can hold it"
+                )
             if hung is not None:
                 out.update(TENSORS[type(hung)](n, hung, name))
         for leaf, variable in sorted(vars(n.module).items()):

@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..errors import CheckpointError, MethodError, refuse
 from ..methods import METHODS, Adapter, Full, Method
-from ..methods.method import adapters, copy_tree, parts_of
+from ..methods.method import adapters, attach, copy_tree, parts_of
 from ..methods.partition import attached
 from ..methods.switch import all_off, set_adapter
 from ..models.layers import Embed
@@ -19,7 +20,7 @@ from ..models.placement import place
 from ..models.tensors import Tensors, read_json, replacing, write_tensors
 from . import adapters as library
 from .entries import PREFIX, Entry, entries, fill_entries
-from .peft import FORMATS, config_of, method_of
+from .peft import FORMATS, common, config_of, method_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONVERT = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
@@ -44,7 +45,8 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
         The folder.
 
     Raises:
-        MethodError: There is no such adapter, or the method trains the whole model (`jaxft.save_model` writes that).
+        MethodError: There is no such adapter, the method trains the whole model (`jaxft.save_model` writes that) or is
+            your own and not registered, or the model has shapes for arrays.
 
     >>> import jaxft, tempfile
     >>> model = jaxft.attach(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2))
@@ -54,15 +56,17 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     model, name, method = chosen(model_or_state, name)
     if any(isinstance(part, Full) for part in parts_of(method)):
         raise MethodError("Full trains the whole model, so there is no adapter: write it with jaxft.save_model")
-    places = entries(model, name, lambda path, v: method.trains(path, v, name))
     weights, form = WEIGHTS, form_of(method, model)
     if isinstance(method, Adapter) and form == "adapters":
-        weights, config, places = library.WEIGHTS, library.config_of(method, model, name), library.renamed(places, name)
+        weights, config = library.WEIGHTS, library.config_of(method, model, name)
     elif form == "peft":
         lacking = own_config(method, model) if FORMATS[type(method)].lacks(method) else {}
         config = {**lacking, **config_of(method, model)}
     else:
         config = own_config(method, model)
+    places = entries(model, name, lambda path, v: method.trains(path, v, name))
+    if weights == library.WEIGHTS:
+        places = library.renamed(places, name)
     with replacing(Path(folder)) as scratch:
         write_tensors(scratch / weights, {key: entry.read() for key, entry in places.items()})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -83,7 +87,7 @@ def chosen(model_or_state: Any, name: str | None) -> tuple[Any, str, Method]:
     """Return the model, and name and method of the adapter of it that is meant.
 
     Raises:
-        MethodError: There is no such adapter.
+        MethodError: There is no such adapter, or the model has shapes for arrays.
     """
     is_state = hasattr(model_or_state, "trainable")
     model = model_or_state.model if is_state else model_or_state
@@ -91,7 +95,14 @@ def chosen(model_or_state: Any, name: str | None) -> tuple[Any, str, Method]:
     method = adapters(model).get(name) or (model_or_state.method if is_state and name == model_or_state.name else None)
     if method is None:
         raise MethodError(f"no adapter {name!r} to save; the model carries {sorted(adapters(model)) or 'none'}")
+    check_whole(model, "save its adapters")
     return model, name, method
+
+
+def check_whole(model: Any, purpose: str) -> None:
+    """Refuse a model that has shapes for arrays."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model)):
+        raise MethodError(f"this model has shapes for arrays (abstract=True): load it whole to {purpose}")
 
 
 def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> Any:
@@ -108,8 +119,9 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         The new model; the given one stays as it is.
 
     Raises:
-        CheckpointError: Files missing or damaged, options that are not supported, tensors that are missing, left over,
-            of another shape or not finite: each is named.
+        CheckpointError: Files missing or damaged, options that are not supported or do not fit this model, tensors that
+            are missing, left over, of another shape or not finite: each is named.
+        MethodError: The name is taken or no name, or the model has shapes for arrays.
         SelectionError: A name in the config matches nothing in this model.
 
     >>> import jaxft, tempfile
@@ -130,7 +142,12 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         method = (own_method(config, where) if "jaxft_method" in config else method_of(config, where)).loaded()
     if name in adapters(model):
         raise MethodError(f"the model already has an adapter {name!r}: give another name, or jaxft.detach it first")
-    fresh = copy_tree(attached(all_off(model), method, name=name))
+    attach(model, Method(), name=name)  # nothing: what is wrong with the model or the name is not the folder's mistake
+    check_whole(model, "load an adapter")
+    try:
+        fresh = copy_tree(attached(all_off(model), method, name=name))
+    except MethodError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     places = entries(fresh, name, lambda path, v: method.trains(path, v, name))
     weights, convert = (library.WEIGHTS, library.CONVERT) if theirs else (WEIGHTS, CONVERT)
     with Tensors(folder, weights, convert) as tensors:
@@ -196,8 +213,7 @@ def own_config(method: Method, model: Any) -> dict[str, Any]:
     if unnamed:
         raise MethodError(f"{', '.join(unnamed)} has no entry in jaxft.methods.METHODS, so no folder can name it")
     parts = [{"name": names[type(part)], **dataclasses.asdict(part)} for part in parts_of(method)]
-    source = getattr(getattr(model, "config", None), "source", "") or None
-    return {"base_model_name_or_path": source, "jaxft_method": parts, "peft_type": "JAXFT"}
+    return {**common("JAXFT", model), "jaxft_method": parts}
 
 
 def own_method(config: dict[str, Any], where: str) -> Method:
@@ -212,6 +228,10 @@ def own_method(config: dict[str, Any], where: str) -> Method:
             made.append(METHODS[part["name"]](**options))
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{where}: no method of jaxft is made by {part!r} ({error})") from None
+        except MethodError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+    if any(isinstance(part, Full) for part in made):
+        raise CheckpointError(f"{where}: Full trains the whole model, which no adapter's folder holds: use jaxft.load")
     whole = made[0]
     for part in made[1:]:
         whole = whole | part

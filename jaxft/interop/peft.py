@@ -70,12 +70,16 @@ NEUTRAL = {  # say nothing about what the tensors compute
 def config_of(method: Method, model: Any) -> dict[str, Any]:
     """Return the `adapter_config.json` that says in peft's words what the method adapts in this model."""
     form = FORMATS[type(method)]
+    return {**common(form.kind, model), **form.config_of(method, model)}
+
+
+def common(kind: str, model: Any) -> dict[str, Any]:
+    """Return the keys that every `adapter_config.json` has."""
     return {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "source", "") or None,
         "inference_mode": True,
-        "peft_type": form.kind,
+        "peft_type": kind,
         "task_type": "CAUSAL_LM" if hasattr(model, "head") else None,
-        **form.config_of(method, model),
     }
 
 

@@ -28,26 +28,21 @@ def config_of(method: IA3, model: Any) -> dict[str, Any]:
         wanted = tuple(name for target, _ in targets for name in target.names)
         inputs = tuple(name for target, at_input in targets if at_input for name in target.names)
     return {
-        "exclude_modules": _list(method.exclude_modules),
+        "exclude_modules": method.exclude_modules,
         "fan_in_fan_out": not all(getattr(target.named.module, "transposed", True) for target, _ in targets),
-        "feedforward_modules": _list(inputs),
+        "feedforward_modules": inputs,
         "init_ia3_weights": True,
         "modules_to_save": list(method.modules_to_save) or None,
-        "target_modules": _list(wanted),
+        "target_modules": wanted,
     }
 
 
 def method_of(config: Mapping[str, Any], where: str) -> IA3:
     """Return the method that a config of peft's, whose keys are all known, describes."""
     del where
-    inputs = config["feedforward_modules"]
     return IA3(
         target_modules=config["target_modules"],
-        feedforward_modules=inputs if isinstance(inputs, str) else tuple(inputs),
+        feedforward_modules=config["feedforward_modules"],
         exclude_modules=config.get("exclude_modules") or None,
         modules_to_save=config.get("modules_to_save") or (),
     )
-
-
-def _list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -39,17 +39,17 @@ def config_of(method: LoRA, model: Any) -> dict[str, Any]:
     return {
         "alpha_pattern": dict(method.alpha_pattern),
         "bias": method.bias,
-        "exclude_modules": _list(method.exclude_modules),
+        "exclude_modules": method.exclude_modules,
         "fan_in_fan_out": not all(getattr(layer, "transposed", True) for layer in layers),
         "init_lora_weights": method.init if method.init in NAMED else True,
-        "layers_pattern": _list(method.layers_pattern),
-        "layers_to_transform": _list(method.layers),
+        "layers_pattern": method.layers_pattern,
+        "layers_to_transform": method.layers,
         "lora_alpha": method.alpha,
         "lora_dropout": method.dropout,
         "modules_to_save": list(method.modules_to_save) or None,
         "r": method.r,
         "rank_pattern": dict(method.rank_pattern),
-        "target_modules": _list(wanted),
+        "target_modules": wanted,
         "trainable_token_indices": _tokens(method),
         "use_dora": method.use_dora,
         "use_rslora": method.use_rslora,
@@ -92,7 +92,7 @@ def method_of(config: Mapping[str, Any], where: str) -> LoRA:
         alpha_pattern=config.get("alpha_pattern") or (),
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
-        trainable_tokens=config.get("trainable_token_indices") or (),
+        trainable_tokens=config.get("trainable_token_indices"),
         bias=config.get("bias") or "none",
         modules_to_save=config.get("modules_to_save") or (),
         init=init if init in NAMED else "default",
@@ -103,10 +103,6 @@ def _tokens(method: LoRA) -> Any:
     """Return the ids of the input embedding's own rows, or `{module: ids}`."""
     ids = {module: list(ids) for module, ids in by_name(method.trainable_tokens).items()}
     return ids.get(None, ids) or None
-
-
-def _list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _layers(value: Any) -> Any:

@@ -16,6 +16,7 @@ from ..models.stack import spread
 from ..models.tensors import replacing, write_tensors
 from .entries import PREFIX
 from .folder import CONFIG, WEIGHTS, chosen
+from .peft import common
 
 PLAIN = (LowRank, PiSSA)
 
@@ -38,7 +39,8 @@ def save_serving(model_or_state: Any, folder: str | Path, *, name: str | None = 
 
     Raises:
         MethodError: There is no such adapter, or part of it is no low-rank product beside a linear layer (DoRA, copies
-            of modules or biases, embeddings, token rows, IA3): each place is named.
+            of modules or biases, embeddings, token rows, IA3) or beside several under one name:
+            each place is named. Or the model has shapes for arrays.
 
     >>> import jaxft, json, tempfile
     >>> model = jaxft.attach(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2, alpha=8, rank_pattern={"v_proj": 4}))
@@ -54,7 +56,9 @@ def save_serving(model_or_state: Any, folder: str | Path, *, name: str | None = 
     for n in modules:
         for slot in SLOTS:
             hung = (getattr(n.module, slot, None) or {}).get(name)
-            if type(hung) in PLAIN:
+            if isinstance(hung, LowRank) and not n.stacked and hung.a.get_value().ndim > 2:
+                problems.append(f"{n.path} is several layers of your own model under one name")
+            elif type(hung) in PLAIN:
                 found[n.path] = spread(hung, len(n.names))
             elif hung is not None:
                 problems.append(f"{n.path} has a {type(hung).__name__} in its slot `{slot}`")
@@ -70,18 +74,15 @@ def save_serving(model_or_state: Any, folder: str | Path, *, name: str | None = 
                 tensors[f"{PREFIX}{module}.lora_A.weight"] = a
                 tensors[f"{PREFIX}{module}.lora_B.weight"] = b
     config = {
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "source", "") or None,
+        **common("LORA", model),
         "bias": "none",
         "fan_in_fan_out": not all(getattr(n.module, "transposed", True) for n in modules if n.path in found),
-        "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": r,
         "lora_dropout": 0.0,
         "modules_to_save": None,
-        "peft_type": "LORA",
         "r": r,
         "target_modules": targets,
-        "task_type": "CAUSAL_LM" if hasattr(model, "head") else None,
         "use_dora": False,
         "use_rslora": False,
     }

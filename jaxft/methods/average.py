@@ -55,11 +55,15 @@ def average_adapters(model: Any, names: Sequence[str], *, name: str) -> Any:
 
 def carried(model: Any, names: Iterable[str], new: str) -> dict[str, Method]:
     """Return the methods of the adapters that are meant."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise MethodError(f"names={names!r}: give a list of names of adapters")
     known, names = adapters(model), list(names)
     if not names:
         raise MethodError("name at least one adapter to combine")
     for given in names:
-        if given not in known:
+        if names.count(given) > 1:
+            raise MethodError(f"{given!r} stands there more than once: name each adapter once")
+        if not isinstance(given, str) or given not in known:
             raise MethodError(f"no adapter {given!r}; {nearest(str(given), known) if known else 'the model has none'}")
     if new in known:
         raise MethodError(f"the model already has an adapter {new!r}: give the new one another name")

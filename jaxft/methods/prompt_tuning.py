@@ -10,6 +10,7 @@ from ..errors import MethodError, refuse
 from ..models.names import variables
 from ..models.seams import Context
 from .method import Method, owner
+from .tokens import are_ids, frozen_ids
 from .virtual import check_seam, choice, hang_virtual, whole_number
 
 INITS = ("vocab", "random", "text")
@@ -49,8 +50,10 @@ class PromptTuning(Method):
     tokenizer_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "init_ids", tuple(self.init_ids))
+        object.__setattr__(self, "init_ids", frozen_ids(self.init_ids))
         problems = [*whole_number(num_virtual_tokens=self.num_virtual_tokens), *choice(INITS, init=self.init)]
+        if not are_ids(self.init_ids):
+            problems.append(f"init_ids={self.init_ids!r}: give ids of tokens")
         if (self.init == "text") is not ((self.init_text is None) is bool(self.init_ids)):
             problems.append(f'init={self.init!r}: init="text" needs init_text or init_ids, one of them, no other init')
         if self.tokenizer_name_or_path is not None and self.init_text is None:

@@ -62,22 +62,39 @@ Tokens = tuple[int, ...] | tuple[tuple[str, tuple[int, ...]], ...]
 
 def frozen_tokens(value: Any) -> Any:
     """Return `trainable_tokens` as it is kept in a (hashable) method: ids, or pairs of a module's name and ids."""
-    given = list(value.items() if isinstance(value, Mapping) else value or ())
-    pairs = bool(given) and all(isinstance(one, (tuple, list)) for one in given)
-    return tuple((one[0], tuple(one[1])) for one in given) if pairs else tuple(given)
+    given = frozen_ids(value.items() if isinstance(value, Mapping) else () if value is None else value)
+    return tuple((module, frozen_ids(ids)) for module, ids in given) if _are_pairs(given) else given
 
 
-def by_name(value: Tokens) -> dict[str | None, tuple[int, ...]]:
+def frozen_ids(value: Any) -> Any:
+    """Return ids as a tuple of Python's own numbers; what is no row of values as it is, to be refused."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, Iterable) or isinstance(value, (str, Mapping)):
+        return value
+    return tuple(one.tolist() if hasattr(one, "tolist") else one for one in value)
+
+
+def are_ids(value: Any) -> bool:
+    """Tell whether a value that `frozen_ids` returned is ids of tokens, none perhaps."""
+    return isinstance(value, tuple) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)
+
+
+def _are_pairs(value: Any) -> bool:
+    def pair(one: Any) -> bool:
+        return isinstance(one, (tuple, list)) and len(one) == 2 and isinstance(one[0], str)
+
+    return isinstance(value, tuple) and all(map(pair, value))
+
+
+def by_name(value: Any) -> dict[str | None, tuple[int, ...]]:
     """Return the ids by module, None standing for the input embedding."""
-    if not value:
-        return {}
-    return dict(value) if isinstance(value[0], tuple) else {None: value}
+    return dict(value) if _are_pairs(value) else {None: value}
 
 
 def token_problems(value: Any) -> Iterable[str]:
     """Yield what is wrong with `trainable_tokens`."""
     for ids in by_name(value).values():
-        if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        if not ids or not are_ids(ids):
             yield f"trainable_tokens={value!r}: give ids of tokens, or {{name of an embedding: ids}}"
         elif len(set(ids)) < len(ids):
             yield f"trainable_tokens: {sorted(i for i in set(ids) if ids.count(i) > 1)} stand there more than once"

@@ -1,7 +1,9 @@
 """A new LoRA made of others that a model carries: their weighted combination."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from .method import Method, attach
 from .switch import all_off
 
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+SIGNS = ("total", "frequency")
 COMBINATIONS = ("svd", "cat", *ON_FACTORS, *(f"{rule}_svd" for rule in ON_FACTORS[1:]))
 
 
@@ -94,8 +97,10 @@ def add_weighted_adapter(
     >>> jaxft.adapters(model)["c"].r, model.adapter_weights.get_value().tolist()
     (6, [1.0, 1.0, 0.0])
     """
+    if not isinstance(weights, Mapping):
+        raise MethodError(f"weights={weights!r}: give {{name: weight}}")
     meant = carried(model, weights, name)
-    problems = [*_option_problems(weights, combination, density, svd_rank)]
+    problems = [*_option_problems(weights, combination, density, majority_sign_method, svd_rank, seed)]
     problems += [what for given, method in meant.items() if (what := _no_plain_lora(given, method))]
     refuse(MethodError, f"adapters that cannot be combined by {combination!r}", problems)
     parts, targets = _parts(model, weights)
@@ -103,29 +108,43 @@ def add_weighted_adapter(
     if combination in ON_FACTORS:
         _check_equal_ranks(parts, combination)
     largest = max(map(max, ranks))
-    rank = max(map(sum, ranks)) if combination == "cat" else svd_rank if _on_deltas(combination) else largest
-    fresh = attach(all_off(model), _method(list(meant.values()), targets, rank or largest), name=name)
+    rank = int(max(map(sum, ranks)) if combination == "cat" else svd_rank or largest)
+    _check_room(parts, combination, rank, svd_rank)
+    fresh = attach(all_off(model), _method(list(meant.values()), targets, rank), name=name)
     for n in named_modules(fresh):
         for layer, at in parts.get(n.path, {}).items():
             rng = np.random.default_rng([seed, number(n.path), layer])
-            a, b = _combined(at, combination, rank or largest, density, majority_sign_method, rng)
+            a, b = _combined(at, combination, rank, density, majority_sign_method, rng)
             _put(n.module.delta[name], layer, a, b)
     return waiting(place(fresh), model)
 
 
 def _option_problems(
-    weights: Mapping[str, float], combination: str, density: float | None, svd_rank: int | None
+    weights: Mapping[str, float], combination: str, density: Any, sign: str, svd_rank: Any, seed: Any
 ) -> Iterable[str]:
-    if combination not in COMBINATIONS:
-        yield f"combination={combination!r}: {nearest(str(combination), COMBINATIONS, n=3)}"
     for given, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not np.isfinite(weight):
+        if not _is(Real, weight) or not math.isfinite(weight):
             yield f"weight {weight!r} of {given!r}: give a finite number"
+    if not _is(Integral, seed) or seed < 0:
+        yield f"seed={seed!r}: give a whole number of at least 0"
+    if sign not in SIGNS:
+        yield f"majority_sign_method={sign!r}: choose one of {', '.join(map(repr, SIGNS))}"
+    if not isinstance(combination, str) or combination not in COMBINATIONS:
+        yield f"combination={combination!r}: {nearest(str(combination), COMBINATIONS, n=3)}"
+        return
+    if sign in SIGNS[1:] and "ties" not in combination:
+        yield f"majority_sign_method={sign!r}: no sign is elected in {combination!r}, only in ties"
     thins = any(word in combination for word in ("ties", "dare", "prune"))
-    if thins and (density is None or not 0 < density <= 1):
+    if thins and (not _is(Real, density) or not 0 < density <= 1):
         yield f"density={density!r}: say what share is kept, above 0 and at most 1"
-    if svd_rank is not None and (not _on_deltas(combination) or not isinstance(svd_rank, int) or svd_rank < 1):
+    if not thins and density is not None:
+        yield f"density={density!r}: {combination!r} keeps all, so give none"
+    if svd_rank is not None and (not _on_deltas(combination) or not _is(Integral, svd_rank) or svd_rank < 1):
         yield f"svd_rank={svd_rank!r}: a whole number of at least 1, for a combination that ends in svd"
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _on_deltas(combination: str) -> bool:
@@ -180,6 +199,18 @@ def _check_equal_ranks(parts: Parts, combination: str) -> None:
     }
     headline = f"{combination!r} combines factors entry by entry, so ranks must be equal; take 'cat' or 'svd'"
     refuse(MethodError, headline, [f"{what}, at {path}" for what, path in found.items()])
+
+
+def _check_room(parts: Parts, combination: str, rank: int, svd_rank: int | None) -> None:
+    """Refuse a rank that some kernel is too small for: the result has one rank for all."""
+    kernels = {path: (at[0].a.shape[0], at[0].b.shape[1]) for path, layers in parts.items() for at in layers.values()}
+    most = min(map(min, kernels.values()))
+    asked = f"svd_rank={svd_rank}" if svd_rank else "the largest rank among the adapters"
+    why = "'cat' adds the ranks up" if combination == "cat" else f"{combination!r} takes {asked}"
+    headline = f"{why}, and the result has one rank for all kernels: take combination='svd' with an svd_rank of at most"
+    small = {path: kernel for path, kernel in kernels.items() if min(kernel) < rank}
+    problems = [f"rank {rank} for {path}, whose kernel is {n} x {m}" for path, (n, m) in small.items()]
+    refuse(MethodError, f"{headline} {most}", problems)
 
 
 def _method(methods: Sequence[Any], targets: tuple[str, ...], rank: int) -> LoRA:

@@ -1,14 +1,20 @@
 """Adapter folders: what is in them, and everything that can be wrong with one."""
 
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxft
+from jaxft.methods import METHODS
+from jaxft.methods.method import hang
+from jaxft.models.seams import Delta
 from jaxft.testing import tiny_gpt2, tiny_llama, token_batch
 
 WEIGHTS = "adapter_model.safetensors"
@@ -160,11 +166,66 @@ def test_missing_and_damaged_files(folder, tmp_path):
         ({"jaxft_method": "lora"}, "jaxft_method is a list of methods"),
         ({"rank_pattern": {"(": 3}}, "is not a regular expression"),
         ({"target_modules": 5}, "target_modules"),
+        ({"trainable_token_indices": 5}, "adapter_config.json: .*\n.*trainable_tokens=5: give ids of tokens"),
+        ({"jaxft_method": [{"name": "lora", "r": 0}]}, "adapter_config.json: .*\n.*r=0: a rank is a whole number"),
+        ({"jaxft_method": [{"name": "full"}]}, "adapter_config.json: Full trains the whole model"),
+        (
+            {"jaxft_method": [{"name": "ia3", "feedforward_modules": "("}]},
+            r"adapter_config.json: feedforward_modules='\(' is not a regular expression",
+        ),
     ],
 )
 def test_configs_that_cannot_be_read(folder, changes, match):
     configure(folder, **changes)
     refused(folder, match)
+
+
+def test_an_ia3_config_with_a_number_for_names(tmp_path):
+    folder = jaxft.save_adapter(jaxft.attach(tiny_llama(), jaxft.IA3()), tmp_path)
+    configure(folder, feedforward_modules=3)
+    refused(folder, r"adapter_config.json: .*\n.*feedforward_modules=\(3,\): give names")
+
+
+def test_a_mistake_that_is_not_the_folder_s(folder):
+    with pytest.raises(jaxft.MethodError, match="^adapter name 'my-name'"):
+        jaxft.load_adapter(tiny_llama(), folder, name="my-name")
+    with pytest.raises(jaxft.MethodError, match="^a model is expected, this is a TrainState: give state.model"):
+        jaxft.load_adapter(trained(jaxft.LoRA(r=2)), folder)
+
+
+def test_shapes_for_arrays(folder, tmp_path):
+    abstract = jax.eval_shape(lambda: jaxft.attach(tiny_llama(), jaxft.LoRA(r=2)))
+    for write in (jaxft.save_adapter, jaxft.save_serving):
+        with pytest.raises(jaxft.MethodError, match="has shapes for arrays .*load it whole to save its adapters"):
+            write(abstract, tmp_path / "out")
+    with pytest.raises(jaxft.MethodError, match="has shapes for arrays .*load it whole to load an adapter"):
+        jaxft.load_adapter(abstract, folder, name="b")
+    assert not (tmp_path / "out").exists()
+
+
+class Shift(nnx.Module):
+    """What a person's own method hangs."""
+
+    layers_held = None
+
+    def __init__(self):
+        self.by = Delta(jnp.zeros(32), axes=(None,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifts(jaxft.Method):
+    def fill(self, model, name, key):
+        hang(model.lm_head, "delta", name, Shift())
+
+
+def test_a_method_of_ones_own(tmp_path, monkeypatch):
+    model = jaxft.attach(tiny_llama(), Shifts())
+    with pytest.raises(jaxft.MethodError, match="Shifts has no entry in jaxft.methods.METHODS"):
+        jaxft.save_adapter(model, tmp_path / "out")
+    monkeypatch.setitem(METHODS, "shifts", Shifts)
+    with pytest.raises(jaxft.MethodError, match="lm_head has a Shift in its slot `delta`, .* jaxft.interop.entries"):
+        jaxft.save_adapter(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_config_that_names_what_is_not_there(folder):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxft
@@ -91,3 +92,17 @@ def test_base_leaves_that_are_trained(tmp_path):
     model = jaxft.attach(tiny_gpt2(), jaxft.LoRA(r=2) | jaxft.BitFit())
     with pytest.raises(jaxft.MethodError, match="transformer.h.attn.c_proj.bias of the base is trained"):
         jaxft.save_serving(model, tmp_path)
+
+
+class Stacked(nnx.Module):
+    """A person's own model with one `nnx.Linear` for two layers."""
+
+    def __init__(self, rngs):
+        self.stack = nnx.split_rngs(splits=2)(nnx.vmap(lambda r: nnx.Linear(6, 6, rngs=r)))(rngs)
+
+
+def test_layers_of_ones_own_under_one_name(tmp_path):
+    model = jaxft.attach(Stacked(nnx.Rngs(0)), jaxft.LoRA(r=2))
+    with pytest.raises(jaxft.MethodError, match="stack is several layers of your own model under one name"):
+        jaxft.save_serving(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -208,6 +208,12 @@ def test_eight_devices_are_one():
         (lambda: jaxft.LoRA(trainable_tokens=(1, 1)), None, jaxft.MethodError, r"\[1\] stand there more than once"),
         (lambda: jaxft.LoRA(trainable_tokens=(-1,)), None, jaxft.MethodError, "give ids of tokens"),
         (lambda: jaxft.LoRA(trainable_tokens={"wte": ()}), None, jaxft.MethodError, "give ids of tokens"),
+        (lambda: jaxft.LoRA(trainable_tokens=5), None, jaxft.MethodError, "trainable_tokens=5: give ids of tokens"),
+        (lambda: jaxft.LoRA(trainable_tokens=0), None, jaxft.MethodError, "trainable_tokens=0: give ids of tokens"),
+        (lambda: jaxft.LoRA(trainable_tokens={"wte": 5}), None, jaxft.MethodError, "give ids of tokens"),
+        (lambda: jaxft.LoRA(trainable_tokens=((1, 2), 3)), None, jaxft.MethodError, "give ids of tokens"),
+        (lambda: jaxft.LoRA(trainable_tokens=(("wte", (1,)), 3)), None, jaxft.MethodError, "give ids of tokens"),
+        (lambda: jaxft.LoRA(trainable_tokens=np.array([0.5])), None, jaxft.MethodError, "give ids of tokens"),
         (lambda: jaxft.IA3(target_modules=()), None, jaxft.MethodError, "name at least one module"),
         (lambda: jaxft.LoRA(trainable_tokens=(64,)), tiny_llama, jaxft.MethodError, "the table has 64 rows"),
         (lambda: jaxft.LoRA(trainable_tokens={"wte": (1,)}), tiny_llama, jaxft.SelectionError, "matches no embedding"),
@@ -251,6 +257,15 @@ def test_what_cannot_be(method, model, error, match):
         (lambda method: jaxft.attach(model(), method))(method())
 
 
+def test_ids_of_any_kind():
+    for given in ([1, 2], np.array([1, 2]), [np.int64(1), np.int32(2)], jnp.array([1, 2])):
+        assert jaxft.LoRA(trainable_tokens=given) == jaxft.LoRA(trainable_tokens=(1, 2))
+        kept = jaxft.PromptTuning(init="text", init_ids=given).init_ids
+        assert kept == (1, 2) and {type(i) for i in kept} == {int}
+    named = jaxft.LoRA(trainable_tokens={"wpe": np.array([3, 1])})
+    assert named.trainable_tokens == (("wpe", (3, 1)),) and hash(named) == hash(named)
+
+
 def test_a_kernel_under_a_dora_is_not_trained():
     """Its norm, which DoRA divides by, is that of the kernel as it was."""
     dora = jaxft.LoRA(r=2, use_dora=True)
@@ -264,7 +279,7 @@ def test_a_kernel_under_a_dora_is_not_trained():
 def test_what_an_adapter_is_for_is_told_apart():
     """Leaves of one shape do not make two adapters the same."""
     square = jaxft.attach(tiny_llama(), jaxft.IA3(target_modules=("q_proj",), feedforward_modules=()))
-    with pytest.raises(jaxft.MethodError, match="is for the class Scale, the method's for InputScale"):
+    with pytest.raises(jaxft.MethodError, match="the class Scale, the method's InputScale"):
         jaxft.partition(square, jaxft.IA3(target_modules=("q_proj",), feedforward_modules=("q_proj",)))
     rows = jaxft.attach(tiny_llama(), jaxft.LoRA(r=2, trainable_tokens=(1, 2)))
     with pytest.raises(jaxft.MethodError, match=r"is for tokens \(1, 2\), the method's for \(2, 1\)"):

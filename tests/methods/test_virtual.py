@@ -321,6 +321,8 @@ BAD = [
     (jaxft.PTuningV2, {"encoder": "lstm", "dropout": 1.0}, "dropout=1.0.*\n.*encoder='lstm'"),
     (jaxft.PTuning, {"encoder": "gru", "encoder_num_layers": True}, "encoder_num_layers=True.*\n.*encoder='gru'"),
     (jaxft.PromptTuning, {"init": "text"}, "needs init_text or init_ids"),
+    (jaxft.PromptTuning, {"init": "text", "init_ids": 5}, "init_ids=5: give ids of tokens"),
+    (jaxft.PromptTuning, {"init": "text", "init_ids": ("a",)}, r"init_ids=\('a',\): give ids of tokens"),
     (jaxft.PromptTuning, {"init_ids": (1,)}, "needs init_text or init_ids"),
     (jaxft.PromptTuning, {"init": "text", "init_ids": (1,), "tokenizer_name_or_path": "x"}, "is for init_text"),
 ]
@@ -338,7 +340,9 @@ def test_what_does_not_fit_is_refused():
         jaxft.attach(model, jaxft.PromptTuning(3, init="text", init_ids=(1, 99)))
     with pytest.raises(jaxft.MethodError, match="two parts of the adapter 'default' claim `past`"):
         jaxft.attach(model, jaxft.PrefixTuning(3) | jaxft.PTuningV2(3))
-    with pytest.raises(jaxft.MethodError, match="cannot be folded into weights.*\n?.*'default' is PrefixTuning"):
+    with pytest.raises(
+        jaxft.MethodError, match="can be folded into weights.*\n?.*the model has the Virtual of 'default'"
+    ):
         jaxft.merge(jaxft.attach(model, jaxft.PrefixTuning(3)))
     from flax import nnx
 

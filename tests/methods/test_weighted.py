@@ -233,7 +233,21 @@ MISTAKES = [
     ({"a": 1}, {"combination": "dare_linear", "density": 1.5}, "density=1.5"),
     ({"a": 1}, {"combination": "cat", "svd_rank": 3}, "svd_rank=3"),
     ({"a": 1}, {"combination": "ties", "density": 1, "majority_sign_method": "most"}, "majority_sign_method='most'"),
-    ({"a": 1}, {"svd_rank": 99}, "rank 99 for .*at most"),
+    ({"a": 1}, {"svd_rank": 99}, r"(?s)svd_rank=99.*svd_rank of at most 32.*v_proj, whose kernel is 32 x 32"),
+    ({"a": 1}, {"svd_rank": True}, "svd_rank=True"),
+    ({"a": 1}, {"combination": "linear", "density": 0.5}, "density=0.5: 'linear' keeps all"),
+    ({"a": 1}, {"combination": "linear", "majority_sign_method": "foo"}, "majority_sign_method='foo': choose one of"),
+    (
+        {"a": 1},
+        {"combination": "cat", "majority_sign_method": "frequency"},
+        "majority_sign_method='frequency': .* 'cat'",
+    ),
+    ({"a": 1}, {"combination": "ties", "density": "half"}, "density='half'"),
+    ({"a": 1}, {"combination": 5}, "combination=5"),
+    ({"a": 1}, {"combination": "dare_linear", "density": 0.5, "seed": -1}, "seed=-1"),
+    ({"a": True}, {}, "weight True of 'a'"),
+    ("a", {}, "weights='a': give {name: weight}"),
+    (["a", "bb"], {}, r"weights=\['a', 'bb'\]: give {name: weight}"),
 ]
 
 
@@ -245,6 +259,37 @@ def test_mistakes(two, weights, options, match):
     assert jaxft.adapters(two).keys() == {"a", "bb"}
     for path, value in before.items():
         np.testing.assert_array_equal(jaxft.leaves(two)[path], value)
+
+
+def test_ranks_that_add_up_past_a_kernel():
+    model = jaxft.attach(tiny_llama(), jaxft.LoRA(r=10), name="a")
+    model = jaxft.attach(model, jaxft.LoRA(r=10), name="b")
+    match = r"(?s)'cat' adds the ranks up.*combination='svd' with an svd_rank of at most 16.*rank 20.*v_proj"
+    with pytest.raises(jaxft.MethodError, match=match):
+        jaxft.add_weighted_adapter(model, {"a": 1, "b": 1}, name="c", combination="cat")
+    whole = jaxft.add_weighted_adapter(model, {"a": 1, "b": 1}, name="c", svd_rank=np.int64(16))
+    assert jaxft.adapters(whole)["c"].r == 16
+
+
+def test_numbers_of_any_kind(two):
+    plain = jaxft.add_weighted_adapter(two, {"a": 0.5, "bb": 2}, name="c")
+    given = jaxft.add_weighted_adapter(two, {"a": np.float32(0.5), "bb": np.int64(2)}, name="c")
+    for path, value in jaxft.leaves(plain).items():
+        np.testing.assert_array_equal(jaxft.leaves(given)[path], value)
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (["a", "a", "bb"], "'a' stands there more than once"),
+        ("a", "names='a': give"),
+        (5, "names=5: give"),
+        ([["a"]], "no"),
+    ],
+)
+def test_names_that_cannot_be(two, names, match):
+    with pytest.raises(jaxft.MethodError, match=match):
+        jaxft.average_adapters(two, names, name="m")
 
 
 @pytest.mark.parametrize("combination", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
