@@ -77,10 +77,10 @@ def test_the_command_lines_run(folder, monkeypatch, capsys):
     assert "held-out" not in capsys.readouterr().err
     assert (folder / "out/first-adapter/adapter_config.json").is_file()
     assert (folder / "runs/mine/summary.json").is_file()
+    the_table_of_the_run_folder_names_what_is_there(folder)
 
 
-def test_the_table_of_the_run_folder(folder):
-    """After the command lines above: what the table names is there."""
+def the_table_of_the_run_folder_names_what_is_there(folder):
     table = README.split("| in a run's folder | |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| `([\w./]+)`(?: or `([\w./]+)`)? \|", table, re.MULTILINE)
     named = {name for row in rows for name in row if "." in name or name.endswith("/")}

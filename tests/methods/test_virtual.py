@@ -234,14 +234,14 @@ def test_the_position_table(name):
 def test_a_mesh_gives_the_same():
     mesh = jaxft.make_mesh(data=2, fsdp=2, tensor=2)
     batch = {k: jnp.concatenate([v, v[:1]]) for k, v in token_batch().items()}
-    method = METHODS["prefix"] | METHODS["p-mlp"]
+    method = METHODS["prefix"] | METHODS["p-mlp"] | jaxft.Adapter(kind="houlsby", size=4)
     one = jaxft.TrainState.create(tiny_llama(), method, TX)
     model = tiny_llama()
     model.config = model.config.replace(mesh=mesh)
     many = jaxft.TrainState.create(jaxft.models.placement.place(model), method, TX)
     want = gradients(one, batch, jaxft.losses.next_token_loss)
     got = gradients(many, batch, jaxft.losses.next_token_loss)
-    assert len(want) == 1 + 7
+    assert len(want) == 1 + 7 + 2 * 4
     for path in want:
         np.testing.assert_allclose(got[path], want[path], atol=1e-5, rtol=1e-4, err_msg=path)
 
@@ -340,9 +340,7 @@ def test_what_does_not_fit_is_refused():
         jaxft.attach(model, jaxft.PromptTuning(3, init="text", init_ids=(1, 99)))
     with pytest.raises(jaxft.MethodError, match="two parts of the adapter 'default' claim `past`"):
         jaxft.attach(model, jaxft.PrefixTuning(3) | jaxft.PTuningV2(3))
-    with pytest.raises(
-        jaxft.MethodError, match="can be folded into weights.*\n?.*the model has the Virtual of 'default'"
-    ):
+    with pytest.raises(jaxft.MethodError, match="the model has the Virtual of 'default'"):
         jaxft.merge(jaxft.attach(model, jaxft.PrefixTuning(3)))
     from flax import nnx
 
