@@ -57,6 +57,7 @@ INSIDE = {
     "methods": [
         "linear",
         "stacking",
+        "checks",
         "method",
         "matching",
         "copies",

@@ -58,30 +58,36 @@ def chunked_cross_entropy(
     return _total(loss, spread, head, key, *chunks)
 
 
-def likeliest_hits(model: Any, hidden: jax.Array, labels: jax.Array) -> jax.Array:
-    """Count the labels, of those that are not -100, to which the head gives the highest logit; chunk by chunk.
+def chunked_figures(
+    model: Any, hidden: jax.Array, labels: jax.Array, *, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return the value of `chunked_cross_entropy`, and how many of the labels have the highest logit: to evaluate.
 
     Args:
-        model: As for `chunked_cross_entropy`.
+        model: As there.
         hidden: `[B, T, D]`.
         labels: `[B, T]` int; -100 is not counted.
+        key: As there.
 
     Returns:
-        A float32 scalar.
+        Two float32 scalars.
 
     >>> import jaxft
     >>> model, hidden = jaxft.testing.tiny_llama(), jnp.ones((1, 3, 32))
     >>> best = model.head(hidden).argmax(-1)
-    >>> float(likeliest_hits(model, hidden, best.at[0, 0].set(-100)))
+    >>> float(chunked_figures(model, hidden, best.at[0, 0].set(-100))[1])
     2.0
     """
 
-    def hits(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden, labels = chunk
-        right = model.head(hidden).argmax(-1) == labels
-        return jnp.sum(right & (labels != IGNORED)).astype(jnp.float32)
+    def figures(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        index, hidden, labels = chunk
+        logits = model.head(hidden, key=None if key is None else jax.random.fold_in(key, index))
+        right = (logits.argmax(-1) == labels) & (labels != IGNORED)
+        return cross_entropy(logits, labels, reduction="sum"), right.sum().astype(jnp.float32)
 
-    return jax.lax.map(hits, _split(model, hidden, labels, None)).sum()
+    chunks = _split(model, hidden, labels, None)
+    total, hits = jax.lax.map(figures, (jnp.arange(len(chunks[0])), *chunks))
+    return total.sum(), hits.sum()
 
 
 def _split(model: Any, hidden: jax.Array, labels: jax.Array, chunk: int | None) -> tuple[jax.Array, jax.Array]:

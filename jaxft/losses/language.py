@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import BatchError
-from .chunked import chunked_cross_entropy, likeliest_hits
+from .chunked import chunked_cross_entropy, chunked_figures
 from .entropy import IGNORED
 
 
@@ -45,8 +45,6 @@ def next_token_figures(
 ) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     """Return `next_token_loss` and, as a further metric, how often the likeliest token is the right one: to evaluate.
 
-    The head is computed for each of the two.
-
     Args:
         model: As for `next_token_loss`.
         batch: As there.
@@ -62,9 +60,9 @@ def next_token_figures(
     [0.0, 3.0]
     """
     hidden, labels = _read(model, batch, key)
-    total = chunked_cross_entropy(model, hidden, labels, key=key)
+    total, hits = chunked_figures(model, hidden, labels, key=key)
     weight = jnp.sum(labels != IGNORED).astype(jnp.float32)
-    return total, weight, {"token_accuracy": (likeliest_hits(model, hidden, labels), weight)}
+    return total, weight, {"token_accuracy": (hits, weight)}
 
 
 def _read(model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, jax.Array]:

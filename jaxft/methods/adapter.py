@@ -11,6 +11,7 @@ from ..errors import MethodError, SelectionError, nearest, refuse
 from ..models.layers import ACTIVATIONS, Join
 from ..models.seams import number
 from .bottleneck import INITS, Bottleneck
+from .checks import choice, rate, whole_number
 from .matching import Target, anything, find, layer_index, log
 from .method import Method, hang
 
@@ -84,22 +85,20 @@ class Adapter(Method):
     def _problems(self) -> Iterable[str]:
         choices = {"kind": tuple(DEFAULTS), "init": tuple(INITS), "parallel_input": PARALLEL_INPUTS}
         for option, known in choices.items():
-            if getattr(self, option) not in known:
-                yield f"{option}={getattr(self, option)!r}: choose one of {', '.join(map(repr, known))}"
+            yield from choice(known, **{option: getattr(self, option)})
         if self.non_linearity is not None and self.non_linearity not in tuple(ACTIVATIONS):
             yield f"non_linearity={self.non_linearity!r}: {nearest(str(self.non_linearity), ACTIVATIONS, n=9)}"
         if self.reduction_factor is not None and not (_finite(self.reduction_factor) and self.reduction_factor >= 1):
             yield f"reduction_factor={self.reduction_factor!r}: give a number of at least 1"
-        if self.size is not None and (not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1):
-            yield f"size={self.size!r}: give a whole number of at least 1"
+        if self.size is not None:
+            yield from whole_number(size=self.size)
         if self.size is not None and self.reduction_factor is not None:
             yield f"size={self.size!r} with reduction_factor={self.reduction_factor!r}: give one of them"
         if self.scale is not None and self.scale != "learned" and not _finite(self.scale):
             yield f"scale={self.scale!r}: give a finite number, or 'learned'"
         if self.parallel_input == "normed" and self.kind != "parallel":
             yield f"parallel_input='normed' is for kind='parallel', this is {self.kind!r}"
-        if not _finite(self.dropout) or not 0 <= self.dropout < 1:
-            yield f"dropout={self.dropout!r}: give a rate of at least 0 and below 1"
+        yield from rate(dropout=self.dropout)
         if self.layers == () or not all(isinstance(i, int) and i >= 0 for i in self.layers or ()):
             yield f"layers={self.layers!r}: give indices of layers, at least one"
 

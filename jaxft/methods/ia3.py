@@ -12,7 +12,7 @@ from ..models.seams import Const, Context, Delta, lift
 from .copies import copy_modules, saves
 from .linear import is_linear, kernel_shape, logical_axes, make_seams
 from .low_rank import per_row
-from .matching import Names, Target, anything, check_names, find, frozen_names, log, named, resolved
+from .matching import Names, Target, anything, check_names, find, frozen_ends, frozen_names, log, named, resolved
 from .method import Method, hang
 from .options import selection_problems
 
@@ -106,8 +106,7 @@ class IA3(Method):
     def __post_init__(self) -> None:
         for field in ("target_modules", "feedforward_modules", "exclude_modules"):
             object.__setattr__(self, field, frozen_names(getattr(self, field)))
-        saved = frozen_names(self.modules_to_save or ())
-        object.__setattr__(self, "modules_to_save", (saved,) if isinstance(saved, str) else saved)
+        object.__setattr__(self, "modules_to_save", frozen_ends(self.modules_to_save))
         refuse(MethodError, "IA3: options that cannot be", selection_problems(self))
 
     def resolved_targets(self, model: Any) -> tuple[Names, Names]:

@@ -23,6 +23,7 @@ from .matching import (
     check_names,
     check_pattern,
     find,
+    frozen_ends,
     frozen_names,
     frozen_pattern,
     layer_index,
@@ -101,8 +102,7 @@ class LoRA(Method):
             set_(field, frozen_names(getattr(self, field)))
         for field in ("rank_pattern", "alpha_pattern"):
             set_(field, frozen_pattern(getattr(self, field)))
-        saved = frozen_names(self.modules_to_save or ())
-        set_("modules_to_save", (saved,) if isinstance(saved, str) else saved)
+        set_("modules_to_save", frozen_ends(self.modules_to_save))
         set_("trainable_tokens", frozen_tokens(self.trainable_tokens))
         if self.layers is not None:
             set_("layers", tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,))

@@ -23,6 +23,12 @@ def frozen_names(value: Any) -> Names:
     return tuple(value) if isinstance(value, Iterable) else (value,)
 
 
+def frozen_ends(value: Any) -> tuple[str, ...]:
+    """Return ends of names as they are kept in a method: a text is one of them."""
+    ends = frozen_names(value or ())
+    return (ends,) if isinstance(ends, str) else ends or ()
+
+
 def pattern_error(pattern: Any) -> str | None:
     """Return what is wrong with a regular expression, None where nothing is."""
     try:

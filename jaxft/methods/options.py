@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from .checks import choice, rate
 from .low_rank import INITS
 from .matching import pattern_error
 from .tokens import token_problems
@@ -24,12 +25,9 @@ def lora_problems(lora: Any) -> Iterable[str]:
             yield f"{option}={alpha!r}: give a finite number"
         elif lora.init == PISSA and alpha <= 0:
             yield f"{option}={alpha!r}: init={PISSA!r} needs a scale above 0"
-    if not isinstance(lora.dropout, (int, float)) or not 0 <= lora.dropout < 1:
-        yield f"dropout={lora.dropout!r}: give a rate of at least 0 and below 1"
-    if lora.bias not in BIASES:
-        yield f"bias={lora.bias!r}: choose one of {', '.join(map(repr, BIASES))}"
-    if lora.init not in (*INITS, PISSA):
-        yield f"init={lora.init!r}: choose one of {', '.join(map(repr, (*INITS, PISSA)))}"
+    yield from rate(dropout=lora.dropout)
+    yield from choice(BIASES, bias=lora.bias)
+    yield from choice((*INITS, PISSA), init=lora.init)
     if lora.use_dora and lora.init == PISSA:
         yield f"use_dora=True with init={PISSA!r}: choose one of the two"
     yield from selection_problems(lora)

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from ..errors import MethodError, refuse
+from .checks import choice, rate, whole_number
 from .encoders import LSTM, MLP
 from .method import Method
-from .virtual import check_seam, choice, hang_virtual, rate, whole_number
+from .virtual import check_seam, hang_virtual
 
 ENCODERS = ("mlp", "lstm", "none")
 

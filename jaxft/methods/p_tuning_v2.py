@@ -6,10 +6,11 @@ from typing import Any
 import jax
 
 from ..errors import MethodError, refuse
+from .checks import choice, rate, whole_number
 from .encoders import MLP, Transformer
 from .method import Method
 from .prefix_tuning import widths
-from .virtual import check_seam, choice, hang_virtual, rate, whole_number
+from .virtual import check_seam, hang_virtual
 
 ENCODERS = ("none", "mlp", "transformer")
 

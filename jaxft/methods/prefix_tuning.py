@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from ..errors import MethodError, refuse
+from .checks import choice, whole_number
 from .encoders import MLP
 from .method import Method
-from .virtual import check_seam, choice, hang_virtual, whole_number
+from .virtual import check_seam, hang_virtual
 
 INITS = {"default": 0.02, "random": 1.0}  # standard deviation of the flat prefix
 
@@ -48,7 +49,7 @@ class PrefixTuning(Method):
         numbers: dict[str, Any] = {"num_virtual_tokens": self.num_virtual_tokens}
         if self.encoder_hidden_size is not None:
             numbers["encoder_hidden_size"] = self.encoder_hidden_size
-        problems = [*whole_number(**numbers), *choice(tuple(INITS), init=self.init)]
+        problems = [*whole_number(**numbers), *choice(INITS, init=self.init)]
         refuse(MethodError, "PrefixTuning: options that cannot be", problems)
 
     def fill(self, model: Any, name: str, key: jax.Array) -> None:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from ..errors import MethodError, refuse
 from ..models.names import variables
 from ..models.seams import Context
+from .checks import choice, whole_number
 from .method import Method, owner
 from .tokens import are_ids, frozen_ids
-from .virtual import check_seam, choice, hang_virtual, whole_number
+from .virtual import check_seam, hang_virtual
 
 INITS = ("vocab", "random", "text")
 

@@ -1,6 +1,5 @@
 """What the methods that put virtual tokens before the sequence have in common."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from ..errors import MethodError
@@ -9,27 +8,6 @@ from .encoders import Virtual
 from .method import Method, hang
 
 WHAT = {"past": "keys and values are put before the sequence", "prompt": "vectors are put before the embedded sequence"}
-
-
-def whole_number(**options: Any) -> Iterator[str]:
-    """Yield a sentence for each option that is no whole number of at least 1."""
-    for option, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            yield f"{option}={value!r}: give a whole number of at least 1"
-
-
-def rate(**options: Any) -> Iterator[str]:
-    """Yield a sentence for each option that is no rate of dropout."""
-    for option, value in options.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < 1:
-            yield f"{option}={value!r}: give a rate of at least 0 and below 1"
-
-
-def choice(options: tuple[str, ...], **given: Any) -> Iterator[str]:
-    """Yield a sentence for each option that is none of those there are."""
-    for option, value in given.items():
-        if value not in options:
-            yield f"{option}={value!r}: choose one of {', '.join(map(repr, options))}"
 
 
 def check_seam(method: Method, model: Any, slot: str, places: int) -> None:
