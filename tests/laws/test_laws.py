@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loops import loop
 
 import jaxft
 from jaxft.testing import LAWS, check_method, tiny_gpt2, tiny_llama, tiny_model, token_batch
@@ -88,13 +89,6 @@ def test_remat_jit_and_loop_agree(family, method, monkeypatch):
     state = state.replace(trainable=moved)
     rematted = rematted.replace(trainable=with_leaves(rematted.trainable, jaxft.leaves(moved)))
     want = gradients(state, batch, loss)
-
-    def loop(body, carry, xs):
-        made = []
-        for i in range(len(jax.tree.leaves(xs)[0])):
-            carry, one = body(carry, jax.tree.map(lambda a, i=i: a[i], xs))
-            made.append(one)
-        return carry, jax.tree.map(lambda *ones: jnp.stack(ones), *made)
 
     others = {"remat": gradients(rematted, batch, loss)}
     monkeypatch.setattr(jax.lax, "scan", loop)

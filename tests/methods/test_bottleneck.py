@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from loops import loop
 
 import jaxft
 from jaxft.models.hub import abstract_model
@@ -80,11 +81,6 @@ def test_remat_jit_and_loop_agree(monkeypatch):
     assert got.keys() == want.keys() and len(want) == 10
     for path in want:
         np.testing.assert_allclose(got[path], want[path], atol=1e-5, rtol=1e-4, err_msg=path)
-
-    def loop(body, carry, xs):
-        for i in range(len(jax.tree.leaves(xs)[0])):
-            carry, _ = body(carry, jax.tree.map(lambda a, i=i: a[i], xs))
-        return carry, None
 
     model = state.model
     logits = model(IDS)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from loops import loop
 from safetensors.numpy import load_file, save_file
 
 import jaxft
@@ -98,13 +99,6 @@ def test_remat_and_the_layers_one_by_one(family, name, monkeypatch):
         np.testing.assert_allclose(got[path], want[path], atol=1e-5, rtol=1e-4, err_msg=path)
     if name != "both":
         return
-
-    def loop(body, carry, xs):
-        made = []
-        for i in range(len(jax.tree.leaves(xs)[0])):
-            carry, one = body(carry, jax.tree.map(lambda a, i=i: a[i], xs))
-            made.append(one)
-        return carry, jax.tree.map(lambda *ones: jnp.stack(ones), *made)
 
     scanned, alone = (jax.jit(lambda model: loss(model, batch)[0]) for _ in range(2))
     want = scanned(state.model)

@@ -10,23 +10,12 @@ import numpy as np
 import peers
 from make_golden import keep_only
 from safetensors.numpy import save_file
+from weighted_cases import CASES, WEIGHTS
 
 FOLDER = Path(__file__).parent / "golden" / "weighted"
 ADAPTERS = {
     "a": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
     "bb": {"r": 3, "lora_alpha": 12, "target_modules": ["v_proj", "up_proj"]},
-}
-WEIGHTS = {"a": 0.7, "bb": -0.4}
-CASES = {  # options of peft's add_weighted_adapter; jaxft's have the same names but for `combination_type`
-    "linear": {"combination_type": "linear"},
-    "cat": {"combination_type": "cat"},
-    "svd": {"combination_type": "svd"},
-    "svd-2": {"combination_type": "svd", "svd_rank": 2},
-    "ties": {"combination_type": "ties", "density": 0.4},
-    "ties-frequency": {"combination_type": "ties", "density": 0.6, "majority_sign_method": "frequency"},
-    "ties_svd": {"combination_type": "ties_svd", "density": 0.4, "svd_rank": 4},
-    "magnitude_prune": {"combination_type": "magnitude_prune", "density": 0.4},
-    "magnitude_prune_svd": {"combination_type": "magnitude_prune_svd", "density": 0.4, "svd_rank": 4},
 }
 
 
@@ -50,8 +39,9 @@ def made(model):
     """What peft makes in each case."""
     out = {}
     for case, options in CASES.items():
+        theirs = {"combination_type" if k == "combination" else k: v for k, v in options.items()}
         name = case.replace("-", "_")
-        model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), name, **options)
+        model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), name, **theirs)
         out[case] = delta(model, name)
         model.delete_adapter(name)
     return out

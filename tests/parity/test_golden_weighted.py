@@ -6,24 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from weighted_cases import CASES, WEIGHTS
 
 import jaxft
 from jaxft.models.names import named_modules
 from jaxft.models.stack import spread
 
 GOLDEN = Path(__file__).parent / "golden"
-WEIGHTS = {"a": 0.7, "bb": -0.4}
-CASES = {
-    "linear": {"combination": "linear"},
-    "cat": {"combination": "cat"},
-    "svd": {"combination": "svd"},
-    "svd-2": {"combination": "svd", "svd_rank": 2},
-    "ties": {"combination": "ties", "density": 0.4},
-    "ties-frequency": {"combination": "ties", "density": 0.6, "majority_sign_method": "frequency"},
-    "ties_svd": {"combination": "ties_svd", "density": 0.4, "svd_rank": 4},
-    "magnitude_prune": {"combination": "magnitude_prune", "density": 0.4},
-    "magnitude_prune_svd": {"combination": "magnitude_prune_svd", "density": 0.4, "svd_rank": 4},
-}
 
 
 @pytest.fixture(scope="module")

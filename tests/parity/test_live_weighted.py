@@ -5,7 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_golden_weighted import CASES, delta
+from test_golden_weighted import delta
+from weighted_cases import CASES, WEIGHTS
 
 import jaxft
 
@@ -44,10 +45,9 @@ def compare(ours, want, tolerance=1e-5):
 @pytest.mark.parametrize(("base", "options"), [("llama", theirs.ADAPTERS), ("gpt2", GPT2)])
 def test_every_combination(base, options, tmp_path):
     model, ours = pair(base, tmp_path, options)
-    assert theirs.CASES.keys() == CASES.keys()
     seen, modules = 0, 6 if base == "llama" else 8
     for case, want in theirs.made(model).items():
-        got = delta(jaxft.add_weighted_adapter(ours, theirs.WEIGHTS, name="c", **CASES[case]), "c")
+        got = delta(jaxft.add_weighted_adapter(ours, WEIGHTS, name="c", **CASES[case]), "c")
         assert got.keys() == want.keys()
         for module, change in want.items():
             np.testing.assert_allclose(got[module], change, atol=1e-5, err_msg=f"{case} {module}")
@@ -70,7 +70,7 @@ def test_dropping_by_the_same_masks(combination, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxft.methods.weighted.drop_and_rescale", lambda x, density, rng: thinned(x, density))
     model, ours = pair("llama", tmp_path, theirs.ADAPTERS)
     options = {"density": 0.5, **({"svd_rank": 8} if combination.endswith("svd") else {})}
-    w = theirs.WEIGHTS
+    w = WEIGHTS
     model.add_weighted_adapter(list(w), list(w.values()), "c", combination_type=combination, **options)
     want = theirs.delta(model, "c")
     got = delta(jaxft.add_weighted_adapter(ours, w, name="c", combination=combination, **options), "c")
@@ -84,10 +84,10 @@ def test_rslora_is_not_handed_on(tmp_path):
     options = {name: {**o, "use_rslora": True} for name, o in theirs.ADAPTERS.items()}
     model, ours = pair("llama", tmp_path, options)
     model.add_weighted_adapter(["a", "bb"], [0.7, -0.4], "c", combination_type="cat")
-    got = delta(jaxft.add_weighted_adapter(ours, theirs.WEIGHTS, name="c", combination="cat"), "c")
+    got = delta(jaxft.add_weighted_adapter(ours, WEIGHTS, name="c", combination="cat"), "c")
     parts = {name: theirs.delta(model, name) for name in ("a", "bb")}
     for module, change in theirs.delta(model, "c").items():
-        want = sum(w * parts[name][module] for name, w in theirs.WEIGHTS.items() if module in parts[name])
+        want = sum(w * parts[name][module] for name, w in WEIGHTS.items() if module in parts[name])
         np.testing.assert_allclose(got[module], want, atol=1e-5, err_msg=module)
         np.testing.assert_allclose(change, want * 6**0.5, atol=1e-5, err_msg=module)
 
@@ -108,7 +108,7 @@ def test_several_at_once(base, options, tmp_path):
 
 def test_a_combination_is_written_for_peft(tmp_path):
     model, ours = pair("llama", tmp_path, theirs.ADAPTERS)
-    made = jaxft.add_weighted_adapter(ours, theirs.WEIGHTS, name="c", combination="cat")
+    made = jaxft.add_weighted_adapter(ours, WEIGHTS, name="c", combination="cat")
     jaxft.save_adapter(made, tmp_path / "c", name="c")
     model.load_adapter(tmp_path / "c", "c")
     model.base_model.set_adapter(["c"])
