@@ -18,12 +18,14 @@ ROWS = [
     ["losses"],
     ["generation"],
     ["data"],
+    ["embedding"],
     ["train"],
     ["interop"],
     ["config"],
     ["run"],
     ["loading"],
     ["scores"],
+    ["similarity"],
     ["report"],
     ["tasks"],
     ["flops"],
@@ -87,7 +89,7 @@ INSIDE = {
     "generation": ["sampling", "generate", "__init__"],
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing"],
     "config": ["tree", "schema", "load", "__init__"],
-    "tasks": ["__init__", "start", "task", "sft", "registry", "fingerprints", "train", "use"],
+    "tasks": ["__init__", "start", "task", "sft", "texts", "pictures", "classify", "contrastive"],
     "interop": [
         "entries",
         "adapters",
@@ -105,8 +107,9 @@ INSIDE = {
 INSIDE["methods"] += ["report", "merge", "average", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
 INSIDE["interop"] += ["export", "__init__"]
-INSIDE["data"] += ["labels", "pixels", "image_files", "images", "augment", "regions", "__init__"]
+INSIDE["data"] += ["labels", "columns", "pixels", "image_files", "images", "augment", "regions", "__init__"]
 INSIDE["train"] += ["trackers", "stop", "lock", "memory", "__init__"]
+INSIDE["tasks"] += ["images", "registry", "fingerprints", "train", "use"]
 INSIDE["compare"] = ["contestants", "runs", "table", "picture", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -19,11 +19,19 @@ from .start import base_of, load_base, load_state
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The rows of a run: what turns them into arrays (a tokenizer), training sources, held-out sources."""
+    """The rows of a run.
+
+    Attributes:
+        tokenizer: What turns rows into arrays: a tokenizer, or an image processor.
+        train: Training sources.
+        held_out: Held-out sources.
+        labels: Names of the classes, where there are any.
+    """
 
     tokenizer: Any
     train: tuple[Dataset, ...]
     held_out: tuple[Dataset, ...]
+    labels: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """Say what was read, and what was left out of it."""
