@@ -148,7 +148,7 @@ class TextContrast(OfTexts, ContrastiveTask):
         if self.form == "labelled":
             known = [row for part in data.train for row in part.examples][:REFERENCES]
             found = vectors(rows, "text")
-            return {**figures, **by_class(vectors(known, "text"), known, found, rows)}, found
+            return {**figures, **by_class(vectors(known, "text"), classes(known), found, classes(rows))}, found
         columns = {name: vectors(rows, name) for name in rows[0].tokens}
         if self.form == "scored_pairs":
             return {**figures, **of_scores(columns["sentence1"], columns["sentence2"], rows)}, columns["sentence1"]
@@ -165,11 +165,15 @@ class TextContrast(OfTexts, ContrastiveTask):
         return {**texts, **{f"{column}_ids": row for column in columns}, **scores}
 
 
-def by_class(known: Any, known_rows: list[Any], vectors: Any, rows: list[Any]) -> dict[str, float]:
-    """Return accuracy by the nearest of known rows, and of a linear probe that is fitted to them."""
-    there, labels = ([row.value for row in part] for part in (known_rows, rows))
+def by_class(known: Any, there: list[int], vectors: Any, labels: list[int]) -> dict[str, float]:
+    """Return accuracy by the nearest of known vectors, and of a linear probe that is fitted to them."""
     nearest = knn_accuracy(known, there, vectors, labels, k=min(NEIGHBOURS, len(known)))
     return {"knn_accuracy": nearest, "probe_accuracy": linear_probe(known, there, vectors, labels)}
+
+
+def classes(rows: list[Any]) -> list[int]:
+    """Return the class of each row."""
+    return [row.value for row in rows]
 
 
 def of_scores(left: Any, right: Any, rows: list[Any]) -> dict[str, float]:
