@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ..config.schema import Classify
 from ..data import GroupedBatches, TrainBatches
@@ -17,10 +16,8 @@ from ..losses import classification_loss, make_contrastive_loss
 from ..run import RunFolder
 from ..similarity import accuracy, f1, pearson, spearman
 from ..train.evaluate import evaluate_loss
-from ..train.state import TrainState
 from ..train.step import ModelLoss
 from .pictures import OfPictures
-from .start import base_of, load_base, load_state
 from .task import Data, Task, steps_of
 from .texts import OfTexts, classes_in
 
@@ -42,13 +39,9 @@ class Classification(Task):
             return classification_loss
         return in_turn(make_contrastive_loss("supervised_contrastive", temperature=self.options.temperature))
 
-    def load_state(self, steps: int, mesh: Mesh | None, data: Data) -> TrainState:
-        """Return the state that the run begins with: the model has a head of the classes."""
-        return load_state(self.config, steps, mesh, labels=data.labels)
-
-    def load_model(self, mesh: Mesh | None, data: Data) -> Any:
-        """Return the model that a config begins with, to evaluate it."""
-        return load_base(self.config, base_of(self.config), "none", mesh, data.labels)
+    def head_labels(self, data: Data) -> tuple[str, ...]:
+        """Return the classes of the head that the model gets."""
+        return data.labels
 
     def make_batches(self, data: Data) -> Any:
         """Return the batches; those of the contrastive steps, if there are any, come first."""
@@ -144,7 +137,8 @@ class ImageClassification(OfPictures, Classification):
     formats = ("images",)
 
     def load_data(self, *, train: bool = True) -> Data:
-        """Read the images. The classes are the config's, or those of the training images."""
+        """Read the images, all of them. The classes are the config's, or those of the training images."""
+        del train
         if self.options.problem == "regression":
             raise ConfigError("classify.problem: images are classified; a regression is of texts")
         data = self.read_pictures(classes=self.options.labels)

@@ -69,11 +69,13 @@ class ContrastiveTask(Task):
 
     def load_state(self, steps: int, mesh: Mesh | None, data: Data) -> TrainState:
         """Return the state that the run begins with, a temperature of its own with it where that is learned."""
+        del data
         more = LearnedTemperature(self.options.temperature) if self.options.learn_temperature else None
         return load_state(self.config, steps, mesh, more=more)
 
     def keep(self, run: RunFolder, step: int, data: Data, made: Any) -> None:
         """Keep the vectors of the first and the last evaluation, for the picture."""
+        del data
         run.report.mkdir(parents=True, exist_ok=True)
         np.save(run.report / (AFTER if step else BEFORE), made[:PICTURED])
 

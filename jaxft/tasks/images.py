@@ -32,14 +32,12 @@ from .contrastive import REFERENCES, ContrastiveTask, by_class, classes
 from .pictures import OfPictures, collate_pictures
 from .task import Data, steps_of
 
-Losses = ClassVar[dict[str, tuple[str, ...]]]
-
 
 class ImageContrast(OfPictures, ContrastiveTask):
     """Of whole images: the two views of one are positives (`info_nce`), or all views of one class."""
 
     formats = ("images",)
-    losses: Losses = {"images": ("info_nce", "supervised_contrastive")}
+    losses: ClassVar[dict[str, tuple[str, ...]]] = {"images": ("info_nce", "supervised_contrastive")}
 
     @property
     def loss(self) -> ModelLoss:
@@ -50,6 +48,7 @@ class ImageContrast(OfPictures, ContrastiveTask):
 
     def load_data(self, *, train: bool = True) -> Data:
         """Read the images, those for training always: the held-out ones are compared with them."""
+        del train
         data = self.read_pictures()
         if self.kind == "supervised_contrastive" and any(d.examples[0].value is None for d in data.train):
             raise DataError("contrastive.loss: supervised_contrastive needs labels, which these images do not have")
@@ -99,7 +98,9 @@ def make_view_loss(
 
     def loss(model: Any, batch: Any, *, key: jax.Array | None) -> Any:
         pixels = batch["pixel_values"]
-        views = two_views(jax.random.key(0) if key is None else jax.random.fold_in(key, 1), pixels * std + mean, options)
+        views = two_views(
+            jax.random.key(0) if key is None else jax.random.fold_in(key, 1), pixels * std + mean, options
+        )
         pairs = jnp.stack([processor.normalise(view) for view in views], 1)
 
         def embed(pairs: jax.Array, *, key: jax.Array | None) -> jax.Array:
@@ -162,7 +163,7 @@ class RegionContrast(OfPictures, ContrastiveTask):
     """Of regions: the patches under a box as one vector, boxes of one class as positives (pre-training of detectors)."""
 
     formats = ("regions",)
-    losses: Losses = {"regions": ("supervised_contrastive",)}
+    losses: ClassVar[dict[str, tuple[str, ...]]] = {"regions": ("supervised_contrastive",)}
 
     @property
     def loss(self) -> ModelLoss:
@@ -183,6 +184,7 @@ class RegionContrast(OfPictures, ContrastiveTask):
 
     def load_data(self, *, train: bool = True) -> Data:
         """Read the images and boxes, those for training always."""
+        del train
         processor, found = self.processor(), list[str]()
 
         def read(source: Source) -> Dataset:

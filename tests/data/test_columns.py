@@ -74,7 +74,11 @@ BAD = [
     ("labelled", {"text": "a", "label": None}, "label: a class number or name is expected, this is NoneType"),
     ("labelled", {"text": "a", "label": 1.5}, "label: a class number or name is expected, this is float: 1.5"),
     ("labelled", {"text": "a"}, "label: the row has no such column; it has 'text'"),
-    ("scored_pairs", {"sentence1": "a", "sentence2": "b", "score": 1.5}, "score: 1.5 is outside 0 to 1; data.score_range"),
+    (
+        "scored_pairs",
+        {"sentence1": "a", "sentence2": "b", "score": 1.5},
+        "score: 1.5 is outside 0 to 1; data.score_range",
+    ),
     ("scored_pairs", {"sentence1": "a", "sentence2": "b", "score": "high"}, "score: a finite number is expected"),
     ("scored_pairs", {"sentence1": "a", "sentence2": "b", "score": None}, "score: a finite number is expected"),
     ("scored_pairs", {"sentence1": "a", "sentence2": "b", "score": "nan"}, "score: a finite number is expected"),
