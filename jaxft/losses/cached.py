@@ -57,21 +57,23 @@ def in_chunks(f: Callable[[Any, Any], Any], rows: Any, *, chunk: int | None, mes
     >>> in_chunks(lambda x, index: x + index, jnp.zeros(5), chunk=2).tolist()  # the sixth row is filled up
     [0.0, 1.0, 2.0, 0.0, 1.0]
     """
+
+    def lies(x: jax.Array, *lead: None) -> jax.Array:
+        return constrain(x, mesh, *lead, "batch", *[None] * (x.ndim - 1 - len(lead)))
+
     total = len(jax.tree.leaves(rows)[0])
     if chunk is None or total <= chunk:
-        return f(rows, 0)
+        return jax.tree.map(lies, f(jax.tree.map(lies, rows), 0))
     number, devices = -(-total // chunk), batch_devices(mesh)
     width = -(-total // (number * devices)) * devices
 
     def split(x: jax.Array) -> jax.Array:
         spare = [(0, number * width - total)] + [(0, 0)] * (x.ndim - 1)
         x = jnp.pad(x, spare, mode="edge")  # real rows once more: what is finite for them stays so
-        x = x.reshape(width, number, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, mesh, None, "batch", *[None] * (x.ndim - 2))
+        return lies(x.reshape(width, number, *x.shape[1:]).swapaxes(0, 1), None)
 
     def join(x: jax.Array) -> jax.Array:
-        x = x.swapaxes(0, 1).reshape(number * width, *x.shape[2:])[:total]
-        return constrain(x, mesh, "batch", *[None] * (x.ndim - 1))
+        return lies(x.swapaxes(0, 1).reshape(number * width, *x.shape[2:])[:total])
 
     body = jax.checkpoint(lambda chunk: f(*chunk), prevent_cse=False)
     made = jax.lax.map(body, (jax.tree.map(split, rows), jnp.arange(number)))

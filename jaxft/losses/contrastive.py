@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..errors import BatchError, refuse
+from ..parallel.rules import constrain
 from .cached import in_chunks
 from .entropy import IGNORED
 from .vectors import LOWEST, check_options, check_rows, check_vectors, products, reduced, unit
@@ -89,15 +90,16 @@ def _pick(
     left: jax.Array, right: jax.Array, temperature: Any, mask: jax.Array | None, chunk: int | None, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
     """Return the cross-entropy `[B]` of each row of `left` picking its own row of `right`, and whether it does."""
+    right = constrain(right, mesh, None, None)  # the whole batch's, on every device
 
     def some(rows: Any, _: Any) -> tuple[jax.Array, jax.Array]:
         left, i, mask = rows
         scores = products(left, right) / temperature
         own = i[:, None] == jnp.arange(len(right))[None]
-        others = ~own if mask is None else ~own & mask
+        others = jnp.where(~own if mask is None else ~own & mask, scores, LOWEST)
         positive = jnp.where(own, scores, 0).sum(1)
-        loss = jax.nn.logsumexp(jnp.where(own | others, scores, LOWEST), 1) - positive
-        return loss, positive > jnp.where(others, scores, LOWEST).max(1)
+        loss = jax.nn.softplus(jax.nn.logsumexp(others, 1) - positive)  # small losses to their last digits
+        return loss, positive > others.max(1)
 
     return in_chunks(some, (left, jnp.arange(len(left)), mask), chunk=chunk, mesh=mesh)
 
@@ -142,7 +144,7 @@ def by_class(
     wrong = [] if jnp.issubdtype(labels.dtype, jnp.integer) else [f"labels are {labels.dtype}; classes are integers"]
     refuse(BatchError, "supervised_contrastive", wrong)
     real = labels != IGNORED
-    every = unit(jnp.where(real[:, None], embeddings, 0))
+    every = constrain(unit(jnp.where(real[:, None], embeddings, 0)), mesh, None, None)
 
     def some(rows: Any, _: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         own, mine, i = rows
