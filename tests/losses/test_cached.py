@@ -84,7 +84,7 @@ MESHES = [({"data": 8}, None), ({"data": 1, "fsdp": 8}, 16), ({"data": 2, "fsdp"
 
 @pytest.mark.parametrize(("mesh", "chunk"), MESHES)
 def test_eight_devices_are_one(mesh, chunk):
-    """The negatives are the whole global batch's; of the rows only embeddings are sent, and each chunk is everyone's."""
+    """The negatives are the whole global batch's; only embeddings are sent, and each chunk is everyone's."""
     given = batch(64)
     want = differentiated()(PARAMS, *given)
     mesh = jaxft.make_mesh(**mesh)
