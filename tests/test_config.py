@@ -312,36 +312,16 @@ contrastive: {loss: cosent, temperature: 0.05}
 output: runs/a
 """
 TASK_FAULTS = [
-    (
-        "format: scored_pairs",
-        "format: text",
-        "c.yaml:4: data.train.0.format: task contrastive reads pairs, triplets, lab",
-    ),
-    (
-        "task: contrastive",
-        "task: classify",
-        "c.yaml:4: data.train.0.format: task classify reads labelled, images, this",
-    ),
-    (
-        "task: contrastive",
-        "task: sft",
-        "c.yaml:5: contrastive: this section is for task: contrastive, and the task is sft",
-    ),
+    ("format: scored_pairs", "format: text", "c.yaml:4: data.train.0.format: task contrastive reads pairs, triplets"),
+    ("task: contrastive", "task: classify", "c.yaml:4: data.train.0.format: task classify reads labelled, images"),
+    ("task: contrastive", "task: sft", "c.yaml:5: contrastive: this section is for task: contrastive, and the task is"),
     ("loss: cosent", "loss: cosnet", "c.yaml:5: contrastive.loss: 'cosnet' is not one of info_nce, "),
     ("temperature: 0.05", "temperature: 0", "c.yaml:5: contrastive.temperature: "),
-    (
-        "temperature: 0.05",
-        "augmentation: {flips: 1}",
-        "c.yaml:5: contrastive.augmentation.flips: unknown key; nearest: 'f",
-    ),
+    ("temperature: 0.05", "augmentation: {flips: 1}", "c.yaml:5: contrastive.augmentation.flips: unknown key; neare"),
     ("[0, 5]", "[5, 0]", "c.yaml:4: data.score_range: the lowest score and then the highest are expected, these are 5"),
     ("[0, 5]", "[0, 5], packing: true", "c.yaml:4: data.packing: only task: sft packs rows"),
     ("output: runs/a", "output: o\nclassify: {labels: [a]}", "c.yaml:7: classify: this section is for task: classify"),
-    (
-        "output: runs/a",
-        "output: o\nevaluation: {exact_match: true}",
-        "c.yaml:7: evaluation.exact_match: it compares wr",
-    ),
+    ("output: runs/a", "output: o\nevaluation: {exact_match: true}", "c.yaml:7: evaluation.exact_match: it compares"),
     ("pooling: mean", "pooling: first", "c.yaml:2: model.pooling: 'first' is not one of cls, mean, max, last"),
 ]
 

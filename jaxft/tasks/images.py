@@ -160,7 +160,7 @@ class Boxed:
 
 
 class RegionContrast(OfPictures, ContrastiveTask):
-    """Of regions: the patches under a box as one vector, boxes of one class as positives (pre-training of detectors)."""
+    """Of regions, for detectors: the patches under a box as one vector, boxes of one class as positives."""
 
     formats = ("regions",)
     losses: ClassVar[dict[str, tuple[str, ...]]] = {"regions": ("supervised_contrastive",)}

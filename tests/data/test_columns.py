@@ -77,7 +77,7 @@ BAD = [
     (
         "scored_pairs",
         {"sentence1": "a", "sentence2": "b", "score": 1.5},
-        "score: 1.5 is outside 0 to 1; data.score_range",
+        "score: 1.5 is outside 0 to 1; data.score_r",
     ),
     ("scored_pairs", {"sentence1": "a", "sentence2": "b", "score": "high"}, "score: a finite number is expected"),
     ("scored_pairs", {"sentence1": "a", "sentence2": "b", "score": None}, "score: a finite number is expected"),
