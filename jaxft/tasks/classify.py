@@ -1,8 +1,8 @@
 """Classification and regression of texts and images by a head on an encoder, or on a decoder's last token."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,14 @@ SCORE = ("score",)  # the one output of a regression
 
 class Classification(Task):
     """Name the class of a row, by a head on what the model reads of it."""
+
+    unit = "mean over rows"
+    shown: ClassVar[Mapping[str, str]] = {
+        "accuracy": "accuracy",
+        "f1": "macro F1",
+        "pearson": "Pearson's correlation",
+        "spearman": "Spearman's correlation",
+    }
 
     @property
     def options(self) -> Classify:

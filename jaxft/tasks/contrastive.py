@@ -1,5 +1,6 @@
 """Contrastive tuning: positives together, negatives apart, of pairs, triplets, labelled and scored texts."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -34,6 +35,17 @@ class ContrastiveTask(Task):
     Attributes:
         losses: For each format the losses that it can have, the first by default.
     """
+
+    unit = "mean over rows"
+    shown: ClassVar[Mapping[str, str]] = {
+        "spearman": "Spearman's correlation",
+        "pearson": "Pearson's correlation",
+        "recall_at_1": "recall at 1",
+        "recall_at_10": "recall at 10",
+        "mrr": "mean reciprocal rank",
+        "knn_accuracy": "accuracy by nearest neighbours",
+        "probe_accuracy": "accuracy of a linear probe",
+    }
 
     losses: ClassVar[dict[str, tuple[str, ...]]]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -50,9 +50,13 @@ class Task:
 
     Attributes:
         formats: The formats of rows that it takes.
+        unit: What the loss is in.
+        shown: Figures of the evaluations that are drawn, each with its name.
     """
 
     formats: ClassVar[tuple[str, ...]]
+    unit: ClassVar[str]
+    shown: ClassVar[Mapping[str, str]]
 
     def __init__(self, config: Config):
         self.config = config

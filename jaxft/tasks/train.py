@@ -171,7 +171,13 @@ class Job:
             made = save_model(state.model, self.run.model, self.data.tokenizer)
         else:
             made = save_adapter(state, self.run.adapter)
-        picture = plot_curves(self.run.metrics, self.run.report / "curves.png", title=str(self.run.path))
+        picture = plot_curves(
+            self.run.metrics,
+            self.run.report / "curves.png",
+            title=str(self.run.path),
+            unit=self.task.unit,
+            shown=self.task.shown,
+        )
         self.task.draw(self.run, self.data)
         evaluations = self._evaluations()
         logged = [row for row in self.run.records(self.run.metrics) if "step_seconds" in row]
