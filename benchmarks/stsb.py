@@ -3,7 +3,7 @@
     python benchmarks/stsb.py MODEL DATA OUT [--seeds 0 1 2] [--epochs 2]
 
 MODEL is a sentence-transformers folder (MiniLM), DATA holds stsb-en-{train,dev,test}.csv without headers. Both train
-the same pairs in orders of their own, AdamW with linear decay after a tenth of warm-up, dropout of the model on, CoSENT.
+the same pairs in orders of their own, AdamW with linear decay after a tenth of warm-up, dropout on, CoSENT.
 """
 
 import argparse
