@@ -218,7 +218,7 @@ class Contrastive(Section):
     loss: (
         Literal[
             *("info_nce", "supervised_contrastive", "triplet", "pairwise_contrastive"),
-            *("cosent", "cosine_regression"),
+            *("cosent", "cosine_regression", "nt_xent"),
         ]
         | None
     ) = None

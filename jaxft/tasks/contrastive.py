@@ -109,7 +109,7 @@ class TextContrast(OfTexts, ContrastiveTask):
 
     formats = ("pairs", "triplets", "labelled", "scored_pairs")
     losses: ClassVar[dict[str, tuple[str, ...]]] = {
-        "pairs": ("info_nce",),
+        "pairs": ("info_nce", "nt_xent"),
         "triplets": ("info_nce", "triplet"),
         "labelled": ("supervised_contrastive",),
         "scored_pairs": ("cosent", "cosine_regression", "pairwise_contrastive"),

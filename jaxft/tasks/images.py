@@ -22,29 +22,31 @@ from ..data import (
 from ..data.batches import Batch
 from ..embedding import embed_images
 from ..errors import DataError
-from ..losses.cached import embed_in_chunks
-from ..losses.contrastive import by_class as class_losses
+from ..losses import make_contrastive_loss
+from ..losses.contrastive import by_class as by_class_of
 from ..losses.entropy import IGNORED
-from ..losses.pairs import temperature_of
+from ..methods.temperature import temperature_of
+from ..models.seams import number
 from ..train.evaluate import evaluate_loss
 from ..train.step import ModelLoss
 from .contrastive import REFERENCES, ContrastiveTask, by_class, classes
 from .pictures import OfPictures, collate_pictures
 from .task import Data, steps_of
 
+VIEWS = number("views")
+
 
 class ImageContrast(OfPictures, ContrastiveTask):
-    """Of whole images: the two views of one are positives (`info_nce`), or all views of one class."""
+    """Of whole images: the two views of one are positives (`nt_xent`), or all views of one class."""
 
     formats = ("images",)
-    losses: ClassVar[dict[str, tuple[str, ...]]] = {"images": ("info_nce", "supervised_contrastive")}
+    losses: ClassVar[dict[str, tuple[str, ...]]] = {"images": ("nt_xent", "supervised_contrastive")}
 
     @property
     def loss(self) -> ModelLoss:
         """The loss of a step."""
         o, views = self.options, Augmentation(**self.options.augmentation.model_dump())
-        same = self.kind == "supervised_contrastive"
-        return make_view_loss(self.processor(), views, by_label=same, temperature=o.temperature, chunk=o.chunk)
+        return make_view_loss(self.kind, self.processor(), views, temperature=o.temperature, chunk=o.chunk)
 
     def load_data(self, *, train: bool = True) -> Data:
         """Read the images, those for training always: the held-out ones are compared with them."""
@@ -60,8 +62,16 @@ class ImageContrast(OfPictures, ContrastiveTask):
         return TrainBatches(data.train, batch_size=t.batch_size, seed=t.seed, steps=steps, collate=self.collate())
 
     def evaluate(self, model: Any, data: Data, batch_size: int) -> tuple[dict[str, float], Any]:
-        """Return the loss of two views, and of images with labels how well their vectors tell the classes."""
-        figures = evaluate_loss(model, self.loss, data.held_out, batch_size=batch_size, collate=self.collate())
+        """Return the loss of two views, and of images with labels how well their vectors tell the classes.
+
+        The loss is that of whole batches, so that every image has as many negatives.
+        """
+        whole = [
+            dataclasses.replace(d, examples=d.examples[: len(d) // batch_size * batch_size]) for d in data.held_out
+        ]
+        parts = [part if len(part) else d for part, d in zip(whole, data.held_out, strict=True)]
+        size = min(batch_size, *map(len, parts))
+        figures = evaluate_loss(model, self.loss, parts, batch_size=size, collate=self.collate())
         rows = [row for part in data.held_out for row in part.examples]
 
         def vectors(rows: list[Any]) -> Any:
@@ -78,53 +88,30 @@ class ImageContrast(OfPictures, ContrastiveTask):
         return {**self.widest(), "labels": jax.ShapeDtypeStruct((self.config.train.batch_size,), jnp.int32)}
 
 
-def make_view_loss(
-    processor: ImageProcessor, options: Augmentation, *, by_label: bool, temperature: float, chunk: int | None = None
-) -> ModelLoss:
-    """Make the model loss of images: SimCLR's (Chen et al. 2020), or SupCon's (Khosla et al. 2020) of two views each.
+def make_view_loss(kind: str, processor: ImageProcessor, options: Augmentation, **more: Any) -> ModelLoss:
+    """Make the model loss of images: two views are made of each in the step, and compared.
 
     Args:
+        kind: `"nt_xent"` (SimCLR): the views of one image are positives; `"supervised_contrastive"`: those of a class.
         processor: How the images of a batch were prepared: views are made of what they were before it.
         options: How much a view differs from its image.
-        by_label: Whether all views of a class are positives of each other; else the two of one image.
-        temperature: Of the softmax, unless the model has one of its own.
-        chunk: Images whose activations are in memory at once.
+        more: Options of the loss, `temperature` and `chunk`.
 
     Returns:
         `loss(model, batch, *, key)` of `pixel_values` `[B, C, H, W]`, and `labels` `[B]` where classes count. Without a
         key the views are always the same ones, so that evaluations can be compared.
     """
+    compare = make_contrastive_loss(kind, **more)
     mean, std = (np.array(x, np.float32).reshape(1, -1, 1, 1) for x in (processor.mean, processor.std))
 
     def loss(model: Any, batch: Any, *, key: jax.Array | None) -> Any:
-        pixels = batch["pixel_values"]
-        views = two_views(
-            jax.random.key(0) if key is None else jax.random.fold_in(key, 1), pixels * std + mean, options
-        )
-        pairs = jnp.stack([processor.normalise(view) for view in views], 1)
-
-        def embed(pairs: jax.Array, *, key: jax.Array | None) -> jax.Array:
-            flat = model.pooled(pixel_values=pairs.reshape(-1, *pairs.shape[2:]), key=key)
-            return flat.reshape(len(pairs), 2, -1)
-
-        mesh = model.config.mesh
-        vectors = embed_in_chunks(embed, pairs, chunk=chunk, key=key, mesh=mesh)
-        rows = jnp.arange(len(pixels), dtype=jnp.int32)
-        there = batch["labels"] != IGNORED if "labels" in batch else rows >= 0
-        labels = batch["labels"] if by_label else jnp.where(there, rows, IGNORED)
-        labels = jnp.concatenate([labels, labels])
-        vectors = jnp.concatenate([vectors[:, 0], vectors[:, 1]])
-        return class_loss(vectors, labels, temperature_of(model, temperature), mesh)
+        draw = jax.random.key(0) if key is None else jax.random.fold_in(key, VIEWS)
+        views = two_views(draw, batch["pixel_values"] * std + mean, options)
+        pixels = {f"view{n}_pixel_values": processor.normalise(view) for n, view in enumerate(views, 1)}
+        labels = {"labels": batch["labels"]} if kind == "supervised_contrastive" else {}
+        return compare(model, {**pixels, **labels}, key=key)
 
     return loss
-
-
-def class_loss(vectors: jax.Array, labels: jax.Array, temperature: Any, mesh: Any) -> Any:
-    """Return SupCon over vectors as a model loss: total, number of anchors, and how often the nearest is a positive."""
-    losses, anchors, hits = class_losses(vectors, labels, temperature, mesh=mesh)
-    weight = anchors.sum().astype(jnp.float32)
-    right = jnp.where(anchors, hits, False).sum().astype(jnp.float32)
-    return jnp.where(anchors, losses, 0).sum(), weight, {"nearest_is_positive": (right, weight)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,12 +160,11 @@ class RegionContrast(OfPictures, ContrastiveTask):
 
         def loss(model: Any, batch: Any, *, key: jax.Array | None) -> Any:
             vectors = regions(model, batch, key)
-            return class_loss(
-                vectors.reshape(-1, vectors.shape[-1]),
-                batch["box_labels"].reshape(-1),
-                temperature_of(model, temperature),
-                model.config.mesh,
-            )
+            labels, t = batch["box_labels"].reshape(-1), temperature_of(model, temperature)
+            losses, anchors, hits = by_class_of(vectors.reshape(-1, vectors.shape[-1]), labels, t)
+            weight = anchors.sum().astype(jnp.float32)
+            right = (anchors & hits).sum().astype(jnp.float32)
+            return jnp.where(anchors, losses, 0).sum(), weight, {"in_batch_accuracy": (right, weight)}
 
         return loss
 
