@@ -198,15 +198,16 @@ def in_turn(first: ModelLoss) -> ModelLoss:
     """Return the loss that is `first` in the batches of the first phase, and that of the head in the others."""
 
     def loss(model: Any, batch: Any, *, key: jax.Array | None) -> Any:
+        none = (jnp.float32(0), jnp.float32(0))
+
         def early(batch: Any) -> Any:
             total, weight, metrics = first(model, batch, key=key)
-            return total, weight, {"contrastive_accuracy": next(iter(metrics.values())), "head_accuracy": none}
+            return total, weight, {"in_batch_accuracy": metrics["in_batch_accuracy"], "accuracy": none}
 
         def late(batch: Any) -> Any:
             total, weight, metrics = classification_loss(model, batch, key=key)
-            return total, weight, {"contrastive_accuracy": none, "head_accuracy": next(iter(metrics.values()))}
+            return total, weight, {"in_batch_accuracy": none, "accuracy": metrics["accuracy"]}
 
-        none = (jnp.float32(0), jnp.float32(0))
         return jax.lax.cond(batch["first"][0] > 0, early, late, batch)
 
     return loss

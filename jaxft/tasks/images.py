@@ -160,7 +160,7 @@ class RegionContrast(OfPictures, ContrastiveTask):
 
         def loss(model: Any, batch: Any, *, key: jax.Array | None) -> Any:
             vectors = regions(model, batch, key)
-            labels, t = batch["box_labels"].reshape(-1), temperature_of(model, temperature)
+            labels, t = batch["box_classes"].reshape(-1), temperature_of(model, temperature)
             losses, anchors, hits = by_class_of(vectors.reshape(-1, vectors.shape[-1]), labels, t)
             weight = anchors.sum().astype(jnp.float32)
             right = (anchors & hits).sum().astype(jnp.float32)
@@ -208,7 +208,7 @@ class RegionContrast(OfPictures, ContrastiveTask):
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return a batch, as shapes: of ten boxes an image, which only the rows know."""
         rows, boxes = self.config.train.batch_size, 10
-        shape = {"boxes": ((rows, boxes, 4), jnp.float32), "box_labels": ((rows, boxes), jnp.int32)}
+        shape = {"boxes": ((rows, boxes, 4), jnp.float32), "box_classes": ((rows, boxes), jnp.int32)}
         return {**self.widest(), **{name: jax.ShapeDtypeStruct(*of) for name, of in shape.items()}}
 
 
@@ -219,7 +219,7 @@ def regions(model: Any, batch: Any, key: jax.Array | None) -> jax.Array:
 
 
 def collate_boxes(examples: Any, *, rows: int | None = None) -> Batch:
-    """Make a batch of images with boxes: `pixel_values`, `boxes` `[B, K, 4]`, `box_labels` `[B, K]` (-100: none)."""
+    """Make a batch of images with boxes: `pixel_values`, `boxes` `[B, K, 4]`, `box_classes` `[B, K]` (-100: none)."""
     rows = rows or len(examples)
     most = max(len(row.labels) for row in examples)
     levels = np.stack([row.source.images[row.index] for row in examples])
@@ -227,7 +227,7 @@ def collate_boxes(examples: Any, *, rows: int | None = None) -> Batch:
     boxes, labels = np.zeros((rows, most, 4), np.float32), np.full((rows, most), IGNORED, np.int32)
     for i, row in enumerate(examples):
         boxes[i, : len(row.labels)], labels[i, : len(row.labels)] = row.source.boxes[row.index], row.labels
-    return {"pixel_values": examples[0].source.processor(levels), "boxes": boxes, "box_labels": labels}
+    return {"pixel_values": examples[0].source.processor(levels), "boxes": boxes, "box_classes": labels}
 
 
 def region_vectors(model: Any, rows: list[Boxed], batch_size: int) -> tuple[Any, list[Any]]:
@@ -235,9 +235,9 @@ def region_vectors(model: Any, rows: list[Boxed], batch_size: int) -> tuple[Any,
     vectors, labels = [], []
     for start in range(0, len(rows), batch_size):
         batch = collate_boxes(rows[start : start + batch_size], rows=batch_size)
-        there = batch["box_labels"] != IGNORED
+        there = batch["box_classes"] != IGNORED
         vectors.append(np.asarray(_regions(model, batch))[there])
-        labels += batch["box_labels"][there].tolist()
+        labels += batch["box_classes"][there].tolist()
     return np.concatenate(vectors), labels
 
 
