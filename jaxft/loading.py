@@ -9,7 +9,7 @@ from .errors import CheckpointError, RunError
 from .interop.folder import load_adapter
 from .methods.method import adapters, detach
 from .methods.switch import set_adapter
-from .models.causal import CausalLM
+from .models.base import Model
 from .models.hub import load_model, resolve
 from .run import RunFolder
 
@@ -23,7 +23,7 @@ def load(
     mesh: Mesh | None = None,
     remat: str = "none",
     abstract: bool = False,
-) -> tuple[CausalLM, Any]:
+) -> tuple[Model, Any]:
     """Load a model and its tokenizer.
 
     Args:
@@ -60,7 +60,7 @@ def load(
 
 def load_run(
     run: RunFolder, *, dtype: Any = None, mesh: Mesh | None = None, remat: str = "none", abstract: bool = False
-) -> tuple[CausalLM, Any]:
+) -> tuple[Model, Any]:
     """Return the model that a finished run has made, and its tokenizer. Arguments as of `load`.
 
     An adapter gets the first name that is free: "default", and over another run's adapter "default_2".

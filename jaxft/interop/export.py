@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import MethodError, refuse
 from ..methods.method import adapters
-from ..models.causal import CausalLM
+from ..models.base import Model
 from ..models.hub import abstract_model
 from ..models.names import LEAF_NAMES, Named, parameters
 from ..models.tensors import replacing, write_tensors
@@ -19,7 +19,7 @@ OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 SHARD_BYTES = 5_000_000_000
 
 
-def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, shard_bytes: int = SHARD_BYTES) -> Path:
+def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write config, weights and tokenizer; the weights in the model's dtype, in one file or, above a size, in shards.
 
     Args:
@@ -38,8 +38,8 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
     >>> sorted(p.name for p in jaxft.save_model(jaxft.testing.tiny_llama(), tempfile.mkdtemp()).iterdir())
     ['config.json', 'model.safetensors']
     """
-    if not isinstance(model, CausalLM) or any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model)):
-        what = "has shapes for arrays" if isinstance(model, CausalLM) else f"is a {type(model).__name__}"
+    if not isinstance(model, Model) or any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model)):
+        what = "has shapes for arrays" if isinstance(model, Model) else f"is a {type(model).__name__}"
         raise MethodError(f"a model of jaxft with its weights is expected, this {what} (of a state: state.model)")
     if adapters(model):
         raise MethodError(
@@ -76,7 +76,7 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
     return Path(folder)
 
 
-def _refuse_unreadable(model: CausalLM, names: set[str]) -> None:
+def _refuse_unreadable(model: Model, names: set[str]) -> None:
     """Refuse leaves that a reader of the folder, ours or transformers, would not look for."""
     like = abstract_model(model.config_class.from_raw(_config(model)))
     readable = {f"{name}.{LEAF_NAMES[leaf]}" for named, leaf, _ in parameters(like) for name in named.names}
@@ -93,7 +93,7 @@ def _shape(named: Named, leaf: str, variable: Any, index: int) -> tuple[int, ...
     return tuple(shape[1:] if named.stacked else shape)
 
 
-def _tensor(model: CausalLM, named: Named, leaf: str, variable: Any, index: int) -> np.ndarray[Any, Any]:
+def _tensor(model: Model, named: Named, leaf: str, variable: Any, index: int) -> np.ndarray[Any, Any]:
     value = variable.get_value()
     value = np.asarray((value[index] if named.stacked else value).astype(model.dtype))
     return value.T if leaf == "kernel" and variable.get_metadata("transposed") else value
@@ -114,7 +114,7 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _config(model: CausalLM) -> dict[str, Any]:
+def _config(model: Model) -> dict[str, Any]:
     raw = json.loads(model.config.raw)
     for old in ("torch_dtype", "dtype", "_name_or_path"):
         raw.pop(old, None)

@@ -79,7 +79,7 @@ def common(kind: str, model: Any) -> dict[str, Any]:
         "base_model_name_or_path": getattr(getattr(model, "config", None), "source", "") or None,
         "inference_mode": True,
         "peft_type": kind,
-        "task_type": "CAUSAL_LM" if hasattr(model, "head") else None,
+        "task_type": getattr(model, "task_type", None),
     }
 
 

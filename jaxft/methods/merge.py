@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..errors import MethodError, refuse
+from ..models.base import Model
 from ..models.causal import CausalLM
 from ..models.names import Named, named_modules
 from ..models.placement import place
@@ -56,7 +57,7 @@ def merge(model: Any) -> Any:
     for _, module in list(nnx.iter_modules(fresh)):
         unseam(module)
     forget_adapters(fresh)
-    if isinstance(fresh, CausalLM):
+    if isinstance(fresh, Model):
         fresh.config = fresh.config.replace(**fresh.config_keys())
     return place(fresh)
 

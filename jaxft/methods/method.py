@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..errors import MethodError, refuse
-from ..models.causal import CausalLM
+from ..models.base import Model
 from ..models.names import variables
 from ..models.placement import place
 from ..models.seams import SLOTS, AdapterWeights, Delta
@@ -231,10 +231,10 @@ def detach(model: Any, name: str) -> Any:
 
 def forget_adapters(model: Any) -> None:
     """Leave a model as it is without adapters: the empty slot of ours, nothing on a person's own."""
-    if hasattr(model, "adapter_weights") and not isinstance(model, CausalLM):
+    if hasattr(model, "adapter_weights") and not isinstance(model, Model):
         del model.adapter_weights
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, CausalLM):
+        if isinstance(module, Model):
             module.adapter_weights = nnx.data(None)
 
 

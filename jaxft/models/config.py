@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -22,6 +22,10 @@ class ModelConfig:
     """What every family has; a family adds its own fields and `parse`.
 
     Attributes:
+        pooling: How `pooled` makes one vector of a row's: a mode of `pooling.pool`.
+        normalize: Whether an embedding is scaled to length 1 (a sentence-transformers folder says so).
+        max_seq_length: The tokens of a text that an embedding is made of (likewise); None: as many as fit.
+        labels: Names of the classes of a classification head; () where there is none.
         dtype: Dtype of computation; parameters are cast to it where they are used.
         remat: `"none"` or `"full"`: what the backward pass recomputes.
         mesh: The mesh that the model lies on; None: one device.
@@ -30,14 +34,27 @@ class ModelConfig:
         raw: The `config.json` as it was read, for writing it back.
     """
 
-    vocab_size: int
+    sizes: ClassVar[tuple[str, ...]] = (  # whole numbers of at least 1
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+
+    vocab_size: int = 0
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    tie_word_embeddings: bool
+    tie_word_embeddings: bool = False
+    pooling: str = "last"
+    normalize: bool = False
+    max_seq_length: int | None = None
+    labels: tuple[str, ...] = ()
     dtype: Any = FLOAT32
     remat: str = "none"
     mesh: Mesh | None = None
@@ -74,15 +91,9 @@ class ModelConfig:
 
     def check(self) -> None:
         """Refuse head counts that do not divide, and an unknown `remat`."""
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        )
-        wrong = [f"{key} is {size!r}" for key in sizes if not isinstance(size := getattr(self, key), int) or size < 1]
+        wrong = [
+            f"{key} is {size!r}" for key in self.sizes if not isinstance(size := getattr(self, key), int) or size < 1
+        ]
         refuse(CheckpointError, "config.json: sizes are whole numbers of at least 1", wrong)
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(

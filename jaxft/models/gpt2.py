@@ -157,7 +157,7 @@ class GPT2LMHeadModel(CausalLM):
     """A GPT-2 with its output head, tied to the token embedding as a rule."""
 
     model_type = "gpt2"
-    prefix = "transformer"
+    prefix = stem = "transformer"
     config_class = GPT2Config
     default_targets = ("c_attn",)
     default_ia3 = (("c_attn", "mlp.c_proj"), ("mlp.c_proj",))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from ..errors import CheckpointError, refuse
 from . import FAMILIES
-from .causal import CausalLM
+from .base import Model
 from .config import token_ids
 from .names import LEAF_NAMES, Named, parameters
 from .placement import place
@@ -71,7 +72,7 @@ def read_shape(
     return family.config_class.from_raw(raw, dtype=dtype, remat=remat, mesh=mesh, source=source or str(file))
 
 
-def abstract_model(config: Any) -> CausalLM:
+def abstract_model(config: Any) -> Model:
     """Return the model of a config with shapes for arrays: no memory, no weights."""
     family: Any = next(f for f in FAMILIES.values() if f.config_class is type(config))
     model = jax.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
@@ -99,7 +100,7 @@ def load_model(
     remat: str = "none",
     abstract: bool = False,
     source: str = "",
-) -> CausalLM:
+) -> Model:
     """Read a checkpoint folder into its family's model. Arguments, result and errors as of `jaxft.load`."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -130,17 +131,17 @@ def float_dtype(dtype: Any) -> Any:
     return parsed
 
 
-def fill(model: CausalLM, tensors: Tensors) -> None:
+def fill(model: Model, tensors: Tensors) -> None:
     """Put every tensor of a checkpoint into its place in an abstract model; refuse what does not fit, all at once."""
-    prefix = f"{model.prefix}."
-    bare = not any(name.startswith(prefix) for name in tensors.shapes)  # a backbone saved without its head
-    on_disk = {f"{prefix}{name}" if bare and name != "lm_head.weight" else name: name for name in tensors.shapes}
+    on_disk = disk_names(model, tensors)
+    leave_out(model, on_disk)
     wanted = {
         f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable)
         for named, leaf, variable in parameters(model)
         for name in named.names
     }
-    spare = {"lm_head.weight"} if model.lm_head.kernel is None else set()
+    head: Any = getattr(model, "lm_head", None)
+    spare = {"lm_head.weight"} if getattr(head, "kernel", head) is None and head is not None else set()
     disposable = re.compile(model.disposable)
     extra = [n for n in on_disk if n not in wanted and n not in spare and not disposable.fullmatch(n)]
     refuse(
@@ -173,7 +174,34 @@ def fill(model: CausalLM, tensors: Tensors) -> None:
     refuse(CheckpointError, f"{tensors.folder}: damaged weights; export or download the checkpoint again", poisoned)
 
 
-def table_name(model: CausalLM) -> str:
+def disk_names(model: Model, tensors: Tensors) -> dict[str, str]:
+    """Return the names of a checkpoint's tensors by what they are called in the model's tree.
+
+    Old names are translated, and the backbone's name is put in front, or taken off, where the checkpoint was written
+    with another head than the model has.
+    """
+    stem, found = f"{model.stem}.", {}
+    bare = not any(name.startswith(stem) for name in tensors.shapes)  # a backbone saved without its head
+    for disk in tensors.shapes:
+        name = disk
+        for pattern, ours in model.renames:
+            name = re.sub(pattern, ours, name)
+        if not model.prefix:
+            name = name.removeprefix(stem)
+        elif bare and not hasattr(model, name.split(".")[0]):
+            name = f"{stem}{name}"
+        found[name] = disk
+    return found
+
+
+def leave_out(model: Model, on_disk: Mapping[str, str]) -> None:
+    """Take those modules off an abstract model that it can do without and a checkpoint lacks."""
+    for path in model.optional:
+        if not any(name.startswith(f"{path}.") for name in on_disk):
+            setattr(model, path, nnx.data(None))
+
+
+def table_name(model: Model) -> str:
     """Return the name of the embedding that a tied head calls."""
     table = model.backbone.input_embedding()
     return next(f"{n.names[0]}.weight" for n, _, _ in parameters(model) if n.module is table)

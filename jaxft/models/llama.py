@@ -175,7 +175,7 @@ class LlamaForCausalLM(CausalLM):
     """
 
     model_type = "llama"
-    prefix = "model"
+    prefix = stem = "model"
     config_class: ClassVar[type[ModelConfig]] = LlamaConfig
     default_targets = ("q_proj", "v_proj")
     default_ia3 = (("k_proj", "v_proj", "down_proj"), ("down_proj",))

@@ -4,7 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..models import FAMILIES, CausalLM
+from ..models import FAMILIES, BertModel
+from ..models.bert import BertConfig
 from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
 from ..models.hub import fresh_model
 from ..models.llama import LlamaConfig, LlamaForCausalLM
@@ -30,6 +31,17 @@ GPT2 = {
     "attn_pdrop": 0.0,
     "resid_pdrop": 0.0,
 }
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
 
 def tiny_llama(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> LlamaForCausalLM:
@@ -52,9 +64,17 @@ def tiny_gpt2(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, *
     return fresh_model(config, seed)
 
 
-def tiny_model(
-    model_type: str, *, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any
-) -> CausalLM:
+def tiny_bert(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> BertModel:
+    """Return a random BERT of two layers, without dropout, with a vocabulary of 64; keywords as in `tiny_llama`.
+
+    >>> tiny_bert()([[5, 6, 7]]).shape
+    (1, 3, 32)
+    """
+    config = BertConfig.from_raw({**BERT, **raw}, remat=remat, dtype=jnp.dtype(dtype))
+    return fresh_model(config, seed)
+
+
+def tiny_model(model_type: str, *, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> Any:
     """Return a random model of any family that is a Llama with a difference; sizes and keywords as in `tiny_llama`.
 
     >>> tiny_model("mistral", sliding_window=4).config.windows
