@@ -47,6 +47,7 @@ MODELS = [
     "causal",
     "encoder",
     "bert",
+    "vit",
     "gpt2",
     "llama",
     "mistral",
