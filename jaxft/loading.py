@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from .data.pixels import ImageProcessor, read_processor
 from .errors import CheckpointError, RunError
 from .interop.folder import load_adapter
 from .methods.method import adapters, copy_tree, detach
@@ -35,7 +36,7 @@ def load(
         abstract: Shapes for arrays: no weights are read (nor needed), for reports and plans.
 
     Returns:
-        The model, and the tokenizer: None where the folder has none.
+        The model, and the tokenizer: None where the folder has none; of a vision model, its `ImageProcessor`.
 
     Raises:
         CheckpointError: The folder or its files are missing, damaged, of an unknown family, or do not fit each other;
@@ -55,7 +56,12 @@ def load(
     tokenizer = load_tokenizer(folder)
     options = {"dtype": dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
     model = load_model(folder, **options, source=str(path_or_hub_id))
-    return model, tokenizer
+    return model, (processor_of(model, folder) if "pixel_values" in model.inputs else tokenizer)
+
+
+def processor_of(model: Any, folder: Path) -> ImageProcessor:
+    """Return what makes a vision model's `pixel_values` of pictures, as its folder says."""
+    return read_processor(folder, size=model.config.image_size, channels=model.config.num_channels)
 
 
 def load_run(

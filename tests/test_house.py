@@ -49,6 +49,7 @@ MODELS = [
     "causal",
     "encoder",
     "bert",
+    "vit",
     "gpt2",
     "llama",
     "mistral",

@@ -8,6 +8,7 @@ from .gpt2 import GPT2LMHeadModel
 from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
 from .qwen import Qwen2ForCausalLM, Qwen3ForCausalLM
+from .vit import ViTModel
 
 FAMILIES: dict[str, type[Model]] = {
     family.model_type: family
@@ -20,6 +21,7 @@ FAMILIES: dict[str, type[Model]] = {
         Gemma3ForCausalLM,
         GPT2LMHeadModel,
         BertModel,
+        ViTModel,
     )
 }
 
@@ -35,4 +37,5 @@ __all__ = [
     "Model",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "ViTModel",
 ]
