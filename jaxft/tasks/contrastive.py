@@ -17,7 +17,8 @@ from ..losses import make_contrastive_loss
 from ..methods.temperature import LearnedTemperature
 from ..report import plot_embeddings
 from ..run import RunFolder
-from ..similarity import knn_accuracy, linear_probe, mean_reciprocal_rank, pearson, recall_at_k, spearman
+from ..probes import knn_accuracy, linear_probe
+from ..similarity import mean_reciprocal_rank, paired_cosine, pearson, recall_at_k, retrieval_ranks, spearman
 from ..train.evaluate import evaluate_loss
 from ..train.state import TrainState
 from ..train.step import ModelLoss
@@ -25,7 +26,7 @@ from .start import load_state
 from .task import Data, Task, steps_of
 from .texts import OfTexts, classes_in
 
-NEIGHBOURS, REFERENCES, PICTURED = 5, 4096, 2000
+NEIGHBOURS, REFERENCES, PICTURED, RECALLS = 5, 4096, 2000, (1, 5, 10)
 BEFORE, AFTER = "embedding-before.npy", "embedding-after.npy"
 
 
@@ -192,8 +193,7 @@ def classes(rows: list[Any]) -> list[int]:
 
 def of_scores(left: Any, right: Any, rows: list[Any]) -> dict[str, float]:
     """Return how the cosines of pairs go with their scores."""
-    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    cosines, scores = (left * right).sum(1) / np.maximum(lengths, 1e-12), [row.value for row in rows]
+    cosines, scores = paired_cosine(left, right), [row.value for row in rows]
     return {"pearson": pearson(cosines, scores), "spearman": spearman(cosines, scores)}
 
 
@@ -203,5 +203,5 @@ def retrieval(columns: dict[str, Any], rows: list[Any]) -> dict[str, float]:
     texts, first = np.unique([row.same[name] for name in others for row in rows], return_index=True)
     pool = np.concatenate([columns[name] for name in others])[first]
     right = np.searchsorted(texts, [row.same["positive"] for row in rows])
-    found = {f"recall_at_{k}": recall_at_k(columns["anchor"], pool, right, k=k) for k in (1, 5, 10) if k <= len(pool)}
-    return {**found, "mrr": mean_reciprocal_rank(columns["anchor"], pool, right)}
+    ranks = retrieval_ranks(columns["anchor"], pool, right.tolist())
+    return {**{f"recall_at_{k}": recall_at_k(ranks, k) for k in RECALLS}, "mrr": mean_reciprocal_rank(ranks)}
