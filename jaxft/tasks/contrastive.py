@@ -15,16 +15,16 @@ from ..embedding import embed_rows
 from ..errors import ConfigError, DataError
 from ..losses import make_contrastive_loss
 from ..methods.temperature import LearnedTemperature
+from ..probes import knn_accuracy, linear_probe
 from ..report import plot_embeddings
 from ..run import RunFolder
-from ..probes import knn_accuracy, linear_probe
 from ..similarity import mean_reciprocal_rank, paired_cosine, pearson, recall_at_k, retrieval_ranks, spearman
 from ..train.evaluate import evaluate_loss
 from ..train.state import TrainState
 from ..train.step import ModelLoss
 from .start import load_state
 from .task import Data, Task, steps_of
-from .texts import OfTexts, classes_in
+from .texts import OfTexts, check_scores_differ, classes_in
 
 NEIGHBOURS, REFERENCES, PICTURED, RECALLS = 5, 4096, 2000, (1, 5, 10)
 BEFORE, AFTER = "embedding-before.npy", "embedding-after.npy"
@@ -132,6 +132,11 @@ class TextContrast(OfTexts, ContrastiveTask):
         labelled = self.form == "labelled"
         names = classes_in((*self.config.data.train, *(self.config.data.eval or ()))) if labelled else None
         return self.read_texts(train=train or labelled, labels=names)
+
+    def check_evaluation(self, data: Data) -> None:
+        """Refuse held-out scores that nothing can be correlated with."""
+        if self.form == "scored_pairs":
+            check_scores_differ(data)
 
     def make_batches(self, data: Data) -> TrainBatches:
         """Return the batches: random draws, so that any row may be a negative; of classes two and two rows of one."""

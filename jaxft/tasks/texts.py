@@ -82,6 +82,17 @@ class OfTexts(Task):
                 )
 
 
+def check_scores_differ(data: Data) -> None:
+    """Refuse held-out rows whose numbers are all the same: no correlation with them is defined.
+
+    Raises:
+        DataError: They are.
+    """
+    for part in data.held_out:
+        if len({row.value for row in part.examples}) < 2:
+            raise DataError(f"{part.name}: every row has the same number, so there is no correlation to measure")
+
+
 def classes_in(sources: Sequence[Source]) -> tuple[str, ...]:
     """Return the names of the classes that occur in sources of labelled rows, in order.
 

@@ -33,7 +33,11 @@ def place(tmp_path_factory):
     for i, image in enumerate(images):
         Image.fromarray(image).save(where / f"{i}.png")
     rows = [
-        {"image": f"{i}.png", "boxes": [[0, 0, 8, 4], [0, 4, 8, 8]], "labels": ["bright" if i % 2 == 0 else "dark", "dark"]}
+        {
+            "image": f"{i}.png",
+            "boxes": [[0, 0, 8, 4], [0, 4, 8, 8]],
+            "labels": ["bright" if i % 2 == 0 else "dark", "dark"],
+        }
         for i in range(10)
     ]
     (where / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
