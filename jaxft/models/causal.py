@@ -37,6 +37,7 @@ class CausalLM(nnx.Module):
         self.adapter_weights: Any = nnx.data(None)
         self.past: Any = nnx.data(None)
         self.prompt: Any = nnx.data(None)
+        self.temperature: Any = nnx.data(None)
 
     @property
     def dtype(self) -> Any:
