@@ -1,4 +1,4 @@
-"""Model losses over columns: the array losses of what is embedded, what does not count, chunks, meshes, a temperature."""
+"""Model losses over columns: the array losses of what is embedded, what does not count, chunks, meshes, temperature."""
 
 import jax
 import jax.numpy as jnp
