@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from .data.pixels import ImageProcessor, read_processor
 from .errors import CheckpointError, RunError
 from .interop.folder import load_adapter
-from .methods.method import adapters, detach
+from .methods.method import adapters, copy_tree, detach
 from .methods.switch import set_adapter
 from .models.base import Model
 from .models.hub import load_model, resolve
@@ -87,6 +87,13 @@ def load_run(
         model = detach(model, next(reversed(adapters(model))))
     model = load_adapter(model, run.adapter, name=free_name(model))
     return (set_adapter(model, dict.fromkeys(adapters(model), 1.0)) if adapters(model) else model), tokenizer
+
+
+def with_pooling(model: Any, pooling: str) -> Any:
+    """Return a model, of the same arrays, that pools otherwise: `"cls"`, `"mean"`, `"max"` or `"last"`."""
+    fresh = copy_tree(model)
+    fresh.config = model.config.replace(pooling=pooling)
+    return fresh
 
 
 def free_name(model: Any) -> str:

@@ -92,7 +92,7 @@ INSIDE = {
     "generation": ["sampling", "generate", "__init__"],
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing"],
     "config": ["tree", "schema", "load", "__init__"],
-    "tasks": ["__init__", "sft", "fingerprints", "train", "use"],
+    "tasks": ["__init__", "start", "task", "sft", "registry", "fingerprints", "train", "use"],
     "interop": [
         "entries",
         "adapters",
