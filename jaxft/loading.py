@@ -88,7 +88,8 @@ def load_run(
     if not run.finished:
         raise RunError(f"{run.path}: the run has not finished, so there is no model yet; go on with --resume")
     if run.model.is_dir():
-        return load(run.model, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract, labels=labels)
+        model, tokenizer = load(run.model, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract, labels=labels)
+        return as_pooled(model, run), tokenizer
     if abstract:
         raise RunError(f"{run.path}: an adapter is read with its weights; give the base model for shapes alone")
     config = run.config()
@@ -97,8 +98,14 @@ def load_run(
     model, tokenizer = load(config.model.source, **options, labels=labels)
     if config.method is None and adapters(model):  # it went on with the adapter that it found, which this one replaces
         model = detach(model, next(reversed(adapters(model))))
-    model = load_adapter(model, run.adapter, name=free_name(model))
+    model = load_adapter(as_pooled(model, run), run.adapter, name=free_name(model))
     return (set_adapter(model, dict.fromkeys(adapters(model), 1.0)) if adapters(model) else model), tokenizer
+
+
+def as_pooled(model: Any, run: RunFolder) -> Any:
+    """Return a model that pools as a run's config says, where it says so."""
+    pooling = run.config().model.pooling
+    return model if pooling is None else with_pooling(model, pooling)
 
 
 def with_pooling(model: Any, pooling: str) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import CheckpointError, MethodError, refuse
 from ..methods import PARTS, Adapter, Full, Method
-from ..methods.heads import copied_heads, copy_heads, trained
+from ..methods.heads import copied_heads, copy_heads, drop_heads, trained
 from ..methods.method import adapters, attach, copy_tree, parts_of, register
 from ..methods.partition import attached
 from ..methods.switch import all_off, set_adapter
@@ -158,7 +158,10 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         fresh = copy_tree(attached(all_off(model), method, name=name))
     except MethodError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    copy_heads(fresh, method, name, heads_of(config, model))
+    if heads_of(config, model):
+        copy_heads(fresh, method, name, heads_of(config, model))
+    else:
+        drop_heads(fresh, name)  # it was trained on a model without one
     if name not in adapters(fresh):
         register(fresh, name, method)
     flags = trained(fresh, method, name)
@@ -170,7 +173,7 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
             library.check_names(tensors, config["name"], where)
             library.check_head(folder, fresh)
         else:
-            places = renamed(places, config)
+            places = {key_of(key, config, getattr(model, "prefix", "")): entry for key, entry in places.items()}
         check_tensors(tensors, places, fresh, folder / weights)
         fill_entries(places, tensors.read)
     fresh = place(fresh)

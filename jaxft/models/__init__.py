@@ -41,6 +41,7 @@ FAMILIES: dict[str, type[Model]] = {
         BertModel,
         RobertaModel,
         XLMRobertaModel,
+        ViTModel,
     )
 }
 CLASSIFIERS: dict[str, type[Model]] = {
@@ -56,7 +57,6 @@ CLASSIFIERS: dict[str, type[Model]] = {
         BertForSequenceClassification,
         RobertaForSequenceClassification,
         XLMRobertaForSequenceClassification,
-        ViTModel,
     )
 }
 
