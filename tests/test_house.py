@@ -24,6 +24,8 @@ ROWS = [
     ["run"],
     ["loading"],
     ["scores"],
+    ["similarity"],
+    ["probes"],
     ["report"],
     ["tasks"],
     ["flops"],
