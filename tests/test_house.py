@@ -26,7 +26,7 @@ ROWS = [
     ["scores"],
     ["similarity"],
     ["probes"],
-    ["report"],
+    ["report", "embedding_picture"],
     ["tasks"],
     ["flops"],
     ["plan"],
