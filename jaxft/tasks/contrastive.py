@@ -12,11 +12,11 @@ from ..config.schema import Contrastive
 from ..data import GroupedBatches, TrainBatches
 from ..data.columns import TEXTS
 from ..embedding import embed_rows
+from ..embedding_picture import draw_embeddings, draw_pairs
 from ..errors import ConfigError, DataError
 from ..losses import make_contrastive_loss
 from ..methods.temperature import LearnedTemperature
 from ..probes import knn_accuracy, linear_probe
-from ..report import plot_embeddings
 from ..run import RunFolder
 from ..similarity import mean_reciprocal_rank, paired_cosine, pearson, recall_at_k, retrieval_ranks, spearman
 from ..train.evaluate import evaluate_loss
@@ -90,18 +90,23 @@ class ContrastiveTask(Task):
         """Keep the vectors of the first and the last evaluation, for the picture."""
         del data
         run.report.mkdir(parents=True, exist_ok=True)
-        np.save(run.report / (AFTER if step else BEFORE), made[:PICTURED])
+        np.save(run.report / (AFTER if step else BEFORE), made[..., :PICTURED, :])
 
     def draw(self, run: RunFolder, data: Data) -> None:
         """Draw the held-out vectors before and after."""
         before, after = (run.report / name for name in (BEFORE, AFTER))
-        if before.is_file() and after.is_file():
-            values = self.values(data)[:PICTURED]
-            picture, title = run.report / "embedding.png", str(run.path)
-            plot_embeddings(np.load(before), np.load(after), values, data.labels, picture, title=title)
+        if not (before.is_file() and after.is_file()):
+            return
+        then, now, values = np.load(before), np.load(after), self.values(data)[:PICTURED]
+        known = None if any(value is None for value in values) else values
+        if then.ndim == 3:
+            figure = draw_pairs(tuple(then), tuple(now), known, title=str(run.path))
+        else:
+            figure = draw_embeddings(then, now, known or [0] * len(values), data.labels, title=str(run.path))
+        figure.savefig(run.report / "embedding.png", dpi=120)
 
     def values(self, data: Data) -> list[Any]:
-        """Return the class or score of each held-out vector, None where there is none."""
+        """Return the class or score of each held-out row, None where there is none."""
         return [row.value for part in data.held_out for row in part.examples]
 
 
@@ -152,7 +157,7 @@ class TextContrast(OfTexts, ContrastiveTask):
         return GroupedBatches(data.train, **options)
 
     def evaluate(self, model: Any, data: Data, batch_size: int) -> tuple[dict[str, float], Any]:
-        """Return the loss and the figures of the format, and the vectors of the first column.
+        """Return the loss and the figures of the format, and the vectors `[N, D]`, of pairs `[2, N, D]`.
 
         Pairs and triplets: recall at 1, 5 and 10 and mean reciprocal rank of each anchor's positive among all positives
         and negatives. Scored pairs: Pearson and Spearman of cosine and score. Classes: accuracy by the nearest training
@@ -171,8 +176,9 @@ class TextContrast(OfTexts, ContrastiveTask):
             return {**figures, **by_class(vectors(known, "text"), classes(known), found, classes(rows))}, found
         columns = {name: vectors(rows, name) for name in rows[0].tokens}
         if self.form == "scored_pairs":
-            return {**figures, **of_scores(columns["sentence1"], columns["sentence2"], rows)}, columns["sentence1"]
-        return {**figures, **retrieval(columns, rows)}, columns["anchor"]
+            pairs = columns["sentence1"], columns["sentence2"]
+            return {**figures, **of_scores(*pairs, rows)}, np.stack(pairs)
+        return {**figures, **retrieval(columns, rows)}, np.stack([columns["anchor"], columns["positive"]])
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the widest batch, as shapes."""
