@@ -226,7 +226,7 @@ def _virtual(n: Named, virtual: Virtual, name: str) -> Tensors:
 
 def _temperature(n: Named, hung: Temperature, name: str) -> Tensors:
     del n, name
-    yield "temperature.log_scale", Entry(hung.log_scale)
+    yield "temperature.log_scale", Entry(hung.log_scale, live=(None,))  # `(1,)` in a file
 
 
 # What hangs in a slot, by its type: (module, what hangs, adapter's name) -> its tensors.
