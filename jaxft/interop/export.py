@@ -124,5 +124,19 @@ def _config(model: Model) -> dict[str, Any]:
         "architectures": [type(model).__name__],
         "model_type": model.model_type,
         "dtype": np.dtype(model.dtype).name,
+        **class_keys(model.config.labels),
         **model.config_keys(),
     }
+
+
+def class_keys(labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return the keys of `config.json` that name the classes of a head: one alone is a regression's.
+
+    >>> class_keys(("bad", "good"))["label2id"]
+    {'bad': 0, 'good': 1}
+    """
+    if not labels:
+        return {}
+    kind = "regression" if len(labels) == 1 else "single_label_classification"
+    named = {str(i): label for i, label in enumerate(labels)}
+    return {"id2label": named, "label2id": {label: int(i) for i, label in named.items()}, "problem_type": kind}
