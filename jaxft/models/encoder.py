@@ -1,6 +1,6 @@
 """What encoders offer: hidden states of a sequence that is seen from both sides, with what adapters put before it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class Encoder(Model):
     the true tokens. A virtual token of weight w counts as w equal ones.
     """
 
-    task_type = "FEATURE_EXTRACTION"
+    task_type: ClassVar[str | None] = "FEATURE_EXTRACTION"
 
     def read(self, x: jax.Array, ctx: Context) -> jax.Array:
         """Return what the backbone makes of embedded tokens `[B, T, D]` and P virtual ones: `[B, T + P, D]`."""
