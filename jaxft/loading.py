@@ -6,9 +6,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from .data.pixels import ImageProcessor, read_processor
 from .errors import CheckpointError, RunError
 from .interop.folder import load_adapter, read_labels
-from .methods.method import adapters, detach
+from .methods.method import adapters, copy_tree, detach
 from .methods.switch import set_adapter
 from .models.base import Model
 from .models.hub import load_model, resolve
@@ -40,7 +41,7 @@ def load(
             trains a new head. None: with a head if the checkpoint has one.
 
     Returns:
-        The model, and the tokenizer: None where the folder has none.
+        The model, and the tokenizer: None where the folder has none; of a vision model, its `ImageProcessor`.
 
     Raises:
         CheckpointError: The folder or its files are missing, damaged, of an unknown family, or do not fit each other;
@@ -60,7 +61,12 @@ def load(
     tokenizer = load_tokenizer(folder)
     options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "abstract": abstract, "labels": labels}
     model = load_model(folder, **options, source=str(path_or_hub_id))
-    return model, tokenizer
+    return model, (processor_of(model, folder) if "pixel_values" in model.inputs else tokenizer)
+
+
+def processor_of(model: Any, folder: Path) -> ImageProcessor:
+    """Return what makes a vision model's `pixel_values` of pictures, as its folder says."""
+    return read_processor(folder, size=model.config.image_size, channels=model.config.num_channels)
 
 
 def load_run(
@@ -93,6 +99,13 @@ def load_run(
         model = detach(model, next(reversed(adapters(model))))
     model = load_adapter(model, run.adapter, name=free_name(model))
     return (set_adapter(model, dict.fromkeys(adapters(model), 1.0)) if adapters(model) else model), tokenizer
+
+
+def with_pooling(model: Any, pooling: str) -> Any:
+    """Return a model, of the same arrays, that pools otherwise: `"cls"`, `"mean"`, `"max"` or `"last"`."""
+    fresh = copy_tree(model)
+    fresh.config = model.config.replace(pooling=pooling)
+    return fresh
 
 
 def free_name(model: Any) -> str:

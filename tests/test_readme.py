@@ -47,6 +47,7 @@ def test_the_code_runs(folder, monkeypatch, capsys):
     assert "It is 0.</s>" in printed
 
 
+@pytest.mark.slow
 def test_the_command_lines_run(folder, monkeypatch, capsys):
     """Each in the order of the README, in one folder; the quickstart's own config for three steps."""
     monkeypatch.chdir(folder)

@@ -26,6 +26,7 @@ from .roberta import (
     XLMRobertaForSequenceClassification,
     XLMRobertaModel,
 )
+from .vit import ViTModel
 
 FAMILIES: dict[str, type[Model]] = {
     family.model_type: family
@@ -40,6 +41,7 @@ FAMILIES: dict[str, type[Model]] = {
         BertModel,
         RobertaModel,
         XLMRobertaModel,
+        ViTModel,
     )
 }
 CLASSIFIERS: dict[str, type[Model]] = {
@@ -81,6 +83,7 @@ __all__ = [
     "Qwen3ForSequenceClassification",
     "RobertaForSequenceClassification",
     "RobertaModel",
+    "ViTModel",
     "XLMRobertaForSequenceClassification",
     "XLMRobertaModel",
 ]

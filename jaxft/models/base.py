@@ -25,7 +25,8 @@ class Model(nnx.Module):
         stem: Name that the backbone has in a checkpoint with a head.
         heads: Names of modules that belong to a task: one that a checkpoint lacks is new.
         optional: Names of modules that are left out where a checkpoint lacks them.
-        renames: `(regular expression, replacement)` from names of tensors in old checkpoints to ours.
+        renames: `(regular expression, replacement)` from names of tensors in (old) checkpoints to ours.
+        written: The same from our names to those that a checkpoint is written with.
         disposable: Regular expression for names of tensors of a checkpoint that nothing here needs.
         inputs: Names of the arrays of a batch that `hidden` takes.
         default_targets: What LoRA adapts by default.
@@ -43,6 +44,7 @@ class Model(nnx.Module):
     heads: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()
+    written: ClassVar[tuple[tuple[str, str], ...]] = ()
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "position_ids", "segment_ids")
     task_type: ClassVar[str]
 

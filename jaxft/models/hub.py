@@ -19,7 +19,7 @@ from . import CLASSIFIERS, FAMILIES
 from .base import Model
 from .config import token_ids, unnamed
 from .layers import normal
-from .names import LEAF_NAMES, Named, parameters
+from .names import LEAF_NAMES, Named, parameters, renamed
 from .placement import place
 from .seams import number
 from .tensors import Tensors, read_json
@@ -245,9 +245,7 @@ def disk_names(model: Model, tensors: Tensors) -> dict[str, str]:
     stem, found = f"{model.stem}.", {}
     bare = not any(name.startswith(stem) for name in tensors.shapes)  # a backbone saved without its head
     for disk in tensors.shapes:
-        name = disk
-        for pattern, ours in model.renames:
-            name = re.sub(pattern, ours, name)
+        name = renamed(disk, model.renames)
         if not model.prefix:
             name = name.removeprefix(stem)
         elif bare and not hasattr(model, name.split(".")[0]):
