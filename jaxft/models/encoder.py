@@ -26,7 +26,11 @@ class Encoder(Model):
     task_type: ClassVar[str | None] = "FEATURE_EXTRACTION"
 
     def read(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """Return what the backbone makes of embedded tokens `[B, T, D]` and P virtual ones: `[B, T + P, D]`."""
+        """Return what the backbone makes of embedded tokens `[B, T, D]`, virtual ones beside them: `[B, T, D]`."""
+        return self.read_all(x, ctx)[:, : x.shape[1]]
+
+    def read_all(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """Return the same with the places of the P virtual tokens at the end: `[B, T + P, D]`."""
         rows = len(x)
         key = None if ctx.key is None else jax.random.fold_in(ctx.key, VIRTUAL)
         past = None if self.past is None else prefixes(self, ctx.replace(key=key), rows)
@@ -88,7 +92,7 @@ class TextEncoder(Encoder):
         mask = open_mask(input_ids.shape, attention_mask, segment_ids)
         places = {"positions": position_ids, "token_types": token_type_ids}
         ctx = self.context(len(input_ids), key, mask=mask, **places)
-        return self.read(self.backbone.embed(input_ids, ctx), ctx)
+        return self.read_all(self.backbone.embed(input_ids, ctx), ctx)
 
     def __call__(
         self,
