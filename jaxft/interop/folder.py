@@ -155,6 +155,7 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
             places = library.renamed(places, config["name"])
             library.check_names(tensors, config["name"], where)
             library.check_head(folder, fresh)
+        places = _bare(places, tensors, getattr(fresh, "prefix", ""))
         check_tensors(tensors, places, fresh, folder / weights)
         fill_entries(places, tensors.read)
     fresh = place(fresh)
@@ -163,6 +164,14 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
     old = model.adapter_weights.get_value() if adapters(model) else jnp.zeros(0)
     mine = jnp.full((*old.shape[:-1], 1), 0.0 if bool((old != 0).any()) else 1.0)
     return set_adapter(fresh, jnp.concatenate([old, mine], -1))
+
+
+def _bare(places: dict[str, Entry], tensors: Tensors, prefix: str) -> dict[str, Entry]:
+    """Return the entries without the backbone's name, where the file is of an adapter on a backbone alone."""
+    whole = f"{PREFIX}{prefix}."
+    if not prefix or any(name.startswith(whole) for name in tensors.shapes):
+        return places
+    return {PREFIX + k.removeprefix(whole) if k.startswith(whole) else k: e for k, e in places.items()}
 
 
 def check_tensors(tensors: Tensors, places: dict[str, Entry], model: Any, file: Path) -> None:

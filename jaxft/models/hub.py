@@ -20,6 +20,7 @@ from .base import Model
 from .config import token_ids
 from .names import LEAF_NAMES, Named, parameters
 from .placement import place
+from .sentence_folder import read_sentence_folder
 from .tensors import Tensors, read_json
 
 ALIGNMENT = 64
@@ -49,9 +50,11 @@ def resolve(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
 def read_config(folder: Path, **options: Any) -> Any:
     """Read a folder's `config.json` into the record of its family, stop tokens of the generation config added.
 
-    Options as of `read_shape`.
+    Of a sentence-transformers folder its pooling and length too. Options as of `read_shape`.
     """
-    config = read_shape(folder / "config.json", **{"source": str(folder), **options})
+    said = read_sentence_folder(folder)
+    folder = said.transformer
+    config = read_shape(folder / "config.json", **{"source": str(folder), **options}).replace(**said.fields)
     if (folder / "generation_config.json").is_file():
         more = token_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
         config = dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*config.stop_ids, *more))))
@@ -102,6 +105,7 @@ def load_model(
     source: str = "",
 ) -> Model:
     """Read a checkpoint folder into its family's model. Arguments, result and errors as of `jaxft.load`."""
+    at = read_sentence_folder(folder).transformer
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is an adapter: load its base model, then jaxft.load_adapter(model, {str(folder)!r})"
@@ -109,7 +113,7 @@ def load_model(
     config = read_config(folder, dtype=dtype, remat=remat, mesh=mesh, source=source or str(folder))
     if abstract:
         return abstract_model(config)
-    with Tensors(folder) as tensors:
+    with Tensors(at) as tensors:
         model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
         fill(model, tensors)
     return model
