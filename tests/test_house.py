@@ -89,7 +89,7 @@ INSIDE = {
         "switch",
         "partition",
     ],
-    "losses": ["entropy", "chunked", "language", "__init__"],
+    "losses": ["entropy", "chunked", "language", "cached", "vectors", "contrastive", "graded", "masks", "__init__"],
     "generation": ["sampling", "generate", "__init__"],
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing"],
     "config": ["tree", "schema", "load", "__init__"],

@@ -240,8 +240,9 @@ def _of_task(tree: dict[str, Any], data: Any, evaluation: Any) -> Iterator[tuple
             yield ("data", "packing"), f"only task: sft packs rows, and the task is {task}"
         if data.get("template") is not None:
             yield ("data", "template"), f"only task: sft has instructions, and the task is {task}"
-        asked = [key for key in ("exact_match", "scores") if evaluation.get(key)]
-        yield from ((("evaluation", key), f"it compares written answers, which task: {task} has none of") for key in asked)
+        for key in ("exact_match", "scores"):
+            if evaluation.get(key):
+                yield ("evaluation", key), f"it compares written answers, which task: {task} has none of"
 
 
 def _explained(error: ValidationError, places: Places) -> list[tuple[str, str]]:

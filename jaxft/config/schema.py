@@ -185,7 +185,7 @@ class Evaluation(Section):
 class Classify(Section):
     """What a classification needs besides: names of the classes (None: those that occur), or numbers to be met.
 
-    `contrastive_steps`: so many steps first pull the vectors of one class together (at `temperature`); the head follows.
+    `contrastive_steps`: so many steps first pull the vectors of a class together (at `temperature`); the head follows.
     """
 
     labels: Annotated[tuple[Text, ...], Field(min_length=2, strict=False)] | None = None
@@ -218,7 +218,7 @@ class Contrastive(Section):
     loss: (
         Literal[
             *("info_nce", "supervised_contrastive", "triplet", "pairwise_contrastive"),
-            *("cosent", "cosine_regression"),
+            *("cosent", "cosine_regression", "nt_xent"),
         ]
         | None
     ) = None

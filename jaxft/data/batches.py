@@ -185,9 +185,7 @@ class GroupedBatches(TrainBatches):
         return self.datasets[at[0]].examples[at[1]]
 
 
-def eval_batches(
-    examples: Sequence[Any], batch_size: int, collate: Callable[..., Batch] = collate
-) -> Iterator[Batch]:
+def eval_batches(examples: Sequence[Any], batch_size: int, collate: Callable[..., Batch] = collate) -> Iterator[Batch]:
     """Yield every example once, rows of like length together; the last batch is filled up with padding.
 
     >>> from jaxft.data.tokens import example

@@ -108,7 +108,8 @@ class Reading:
         if column not in fields:
             raise DataError(f"{column}: the row has no such column; it has {', '.join(map(repr, fields))}")
         if column == "label":
-            return number_of(fields[column], column) if self.labels is None else class_id(as_label(fields[column]), self.labels)
+            given = fields[column]
+            return number_of(given, column) if self.labels is None else class_id(as_label(given), self.labels)
         low, high = self.score_range
         return (number_of(fields[column], column, low, high) - low) / (high - low)
 
@@ -209,7 +210,8 @@ def collate_texts(examples: Sequence[Texts], *, rows: int | None = None, limit: 
     batch: Batch = {}
     for column in examples[0].tokens:
         prefix = "" if column == "text" else f"{column}_"
-        batch |= {f"{prefix}{name}": x for name, x in pad([row.tokens[column] for row in examples], rows, limit).items()}
+        texts = pad([row.tokens[column] for row in examples], rows, limit)
+        batch |= {f"{prefix}{name}": x for name, x in texts.items()}
         if prefix:
             same = [row.same[column] for row in examples]
             batch[f"{prefix}ids"] = np.array([*same, *[-1] * (rows - len(same))], np.int32)
@@ -249,4 +251,3 @@ def label_values(path: str | Path, columns: Mapping[str, str] | None, split: str
         has = ", ".join(map(repr, rows[0].fields)) if rows else "none"
         raise DataError(f"{path}: no row has a label in the column {column!r}; it has {has}")
     return found
-

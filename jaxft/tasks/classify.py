@@ -1,13 +1,12 @@
 """Classification and regression of texts and images by a head on an encoder, or on a decoder's last token."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ..config.schema import Classify
 from ..data import GroupedBatches, TrainBatches
@@ -17,10 +16,8 @@ from ..losses import classification_loss, make_contrastive_loss
 from ..run import RunFolder
 from ..similarity import accuracy, f1, pearson, spearman
 from ..train.evaluate import evaluate_loss
-from ..train.state import TrainState
 from ..train.step import ModelLoss
 from .pictures import OfPictures
-from .start import base_of, load_base, load_state
 from .task import Data, Task, steps_of
 from .texts import OfTexts, classes_in
 
@@ -29,6 +26,14 @@ SCORE = ("score",)  # the one output of a regression
 
 class Classification(Task):
     """Name the class of a row, by a head on what the model reads of it."""
+
+    unit = "mean over rows"
+    shown: ClassVar[Mapping[str, str]] = {
+        "accuracy": "accuracy",
+        "f1": "macro F1",
+        "pearson": "Pearson's correlation",
+        "spearman": "Spearman's correlation",
+    }
 
     @property
     def options(self) -> Classify:
@@ -42,13 +47,9 @@ class Classification(Task):
             return classification_loss
         return in_turn(make_contrastive_loss("supervised_contrastive", temperature=self.options.temperature))
 
-    def load_state(self, steps: int, mesh: Mesh | None, data: Data) -> TrainState:
-        """Return the state that the run begins with: the model has a head of the classes."""
-        return load_state(self.config, steps, mesh, labels=data.labels)
-
-    def load_model(self, mesh: Mesh | None, data: Data) -> Any:
-        """Return the model that a config begins with, to evaluate it."""
-        return load_base(self.config, base_of(self.config), "none", mesh, data.labels)
+    def head_labels(self, data: Data) -> tuple[str, ...]:
+        """Return the classes of the head that the model gets."""
+        return data.labels
 
     def make_batches(self, data: Data) -> Any:
         """Return the batches; those of the contrastive steps, if there are any, come first."""
@@ -144,7 +145,8 @@ class ImageClassification(OfPictures, Classification):
     formats = ("images",)
 
     def load_data(self, *, train: bool = True) -> Data:
-        """Read the images. The classes are the config's, or those of the training images."""
+        """Read the images, all of them. The classes are the config's, or those of the training images."""
+        del train
         if self.options.problem == "regression":
             raise ConfigError("classify.problem: images are classified; a regression is of texts")
         data = self.read_pictures(classes=self.options.labels)
@@ -196,15 +198,16 @@ def in_turn(first: ModelLoss) -> ModelLoss:
     """Return the loss that is `first` in the batches of the first phase, and that of the head in the others."""
 
     def loss(model: Any, batch: Any, *, key: jax.Array | None) -> Any:
+        none = (jnp.float32(0), jnp.float32(0))
+
         def early(batch: Any) -> Any:
             total, weight, metrics = first(model, batch, key=key)
-            return total, weight, {"contrastive_accuracy": next(iter(metrics.values())), "head_accuracy": none}
+            return total, weight, {"in_batch_accuracy": metrics["in_batch_accuracy"], "accuracy": none}
 
         def late(batch: Any) -> Any:
             total, weight, metrics = classification_loss(model, batch, key=key)
-            return total, weight, {"contrastive_accuracy": none, "head_accuracy": next(iter(metrics.values()))}
+            return total, weight, {"in_batch_accuracy": none, "accuracy": metrics["accuracy"]}
 
-        none = (jnp.float32(0), jnp.float32(0))
         return jax.lax.cond(batch["first"][0] > 0, early, late, batch)
 
     return loss

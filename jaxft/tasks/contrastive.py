@@ -1,5 +1,6 @@
 """Contrastive tuning: positives together, negatives apart, of pairs, triplets, labelled and scored texts."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -35,6 +36,17 @@ class ContrastiveTask(Task):
         losses: For each format the losses that it can have, the first by default.
     """
 
+    unit = "mean over rows"
+    shown: ClassVar[Mapping[str, str]] = {
+        "spearman": "Spearman's correlation",
+        "pearson": "Pearson's correlation",
+        "recall_at_1": "recall at 1",
+        "recall_at_10": "recall at 10",
+        "mrr": "mean reciprocal rank",
+        "knn_accuracy": "accuracy by nearest neighbours",
+        "probe_accuracy": "accuracy of a linear probe",
+    }
+
     losses: ClassVar[dict[str, tuple[str, ...]]]
 
     @property
@@ -69,11 +81,13 @@ class ContrastiveTask(Task):
 
     def load_state(self, steps: int, mesh: Mesh | None, data: Data) -> TrainState:
         """Return the state that the run begins with, a temperature of its own with it where that is learned."""
+        del data
         more = LearnedTemperature(self.options.temperature) if self.options.learn_temperature else None
         return load_state(self.config, steps, mesh, more=more)
 
     def keep(self, run: RunFolder, step: int, data: Data, made: Any) -> None:
         """Keep the vectors of the first and the last evaluation, for the picture."""
+        del data
         run.report.mkdir(parents=True, exist_ok=True)
         np.save(run.report / (AFTER if step else BEFORE), made[:PICTURED])
 
@@ -95,7 +109,7 @@ class TextContrast(OfTexts, ContrastiveTask):
 
     formats = ("pairs", "triplets", "labelled", "scored_pairs")
     losses: ClassVar[dict[str, tuple[str, ...]]] = {
-        "pairs": ("info_nce",),
+        "pairs": ("info_nce", "nt_xent"),
         "triplets": ("info_nce", "triplet"),
         "labelled": ("supervised_contrastive",),
         "scored_pairs": ("cosent", "cosine_regression", "pairwise_contrastive"),
@@ -148,7 +162,7 @@ class TextContrast(OfTexts, ContrastiveTask):
         if self.form == "labelled":
             known = [row for part in data.train for row in part.examples][:REFERENCES]
             found = vectors(rows, "text")
-            return {**figures, **by_class(vectors(known, "text"), known, found, rows)}, found
+            return {**figures, **by_class(vectors(known, "text"), classes(known), found, classes(rows))}, found
         columns = {name: vectors(rows, name) for name in rows[0].tokens}
         if self.form == "scored_pairs":
             return {**figures, **of_scores(columns["sentence1"], columns["sentence2"], rows)}, columns["sentence1"]
@@ -165,11 +179,15 @@ class TextContrast(OfTexts, ContrastiveTask):
         return {**texts, **{f"{column}_ids": row for column in columns}, **scores}
 
 
-def by_class(known: Any, known_rows: list[Any], vectors: Any, rows: list[Any]) -> dict[str, float]:
-    """Return accuracy by the nearest of known rows, and of a linear probe that is fitted to them."""
-    there, labels = ([row.value for row in part] for part in (known_rows, rows))
+def by_class(known: Any, there: list[int], vectors: Any, labels: list[int]) -> dict[str, float]:
+    """Return accuracy by the nearest of known vectors, and of a linear probe that is fitted to them."""
     nearest = knn_accuracy(known, there, vectors, labels, k=min(NEIGHBOURS, len(known)))
     return {"knn_accuracy": nearest, "probe_accuracy": linear_probe(known, there, vectors, labels)}
+
+
+def classes(rows: list[Any]) -> list[int]:
+    """Return the class of each row."""
+    return [row.value for row in rows]
 
 
 def of_scores(left: Any, right: Any, rows: list[Any]) -> dict[str, float]:

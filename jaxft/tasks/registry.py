@@ -4,13 +4,14 @@ from ..config import Config
 from ..errors import ConfigError
 from .classify import ImageClassification, TextClassification
 from .contrastive import TextContrast
+from .images import ImageContrast, RegionContrast
 from .sft import SupervisedTuning
 from .task import Task
 
 TASKS: dict[str, tuple[type[Task], ...]] = {
     "sft": (SupervisedTuning,),
     "classify": (TextClassification, ImageClassification),
-    "contrastive": (TextContrast,),
+    "contrastive": (TextContrast, ImageContrast, RegionContrast),
 }
 
 

@@ -22,7 +22,7 @@ class OfTexts(Task):
     """A task on texts."""
 
     def length(self) -> int:
-        """Return how long a text may be: by the config, by the model's positions, by its sentence-transformers folder."""
+        """Return how long a text may be: by config, positions of the model, and sentence-transformers folder."""
         shape = read_config(base_folder(self.config))
         limits = [self.config.data.max_length, getattr(shape, "n_positions", None), shape.max_seq_length]
         return min(limit for limit in limits if limit is not None)
