@@ -16,7 +16,14 @@ from .entries import PREFIX
 from .export import OURS, save_model
 from .folder import CONFIG, WEIGHTS, save_adapter
 
-NAMING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "feedforward_modules")
+NAMING = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "feedforward_modules",
+)
 
 
 def save_sentence_transformer(
@@ -102,7 +109,9 @@ def _save_adapter(model: Any, folder: Path) -> None:
         raise MethodError(f"{outside[0]} is no tensor of the backbone, which is all that this folder holds: merge it")
     with replacing(folder) as scratch:
         write_tensors(scratch / WEIGHTS, {PREFIX + key.removeprefix(PREFIX + prefix): x for key, x in read.items()})
-        text = json.dumps({**config, **{key: _bare(config.get(key), prefix) for key in NAMING}}, indent=2, sort_keys=True)
+        text = json.dumps(
+            {**config, **{key: _bare(config.get(key), prefix) for key in NAMING}}, indent=2, sort_keys=True
+        )
         (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 

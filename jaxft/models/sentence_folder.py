@@ -1,4 +1,4 @@
-"""What a sentence-transformers folder says of the model in it: where its files lie, how it pools, how long texts are."""
+"""What a sentence-transformers folder says of its model: where the files lie, how it pools, how long texts are."""
 
 import dataclasses
 import re
@@ -140,7 +140,9 @@ def _odd_settings(settings: Mapping[str, Any], pooling: Mapping[str, Any]) -> It
     known = ("__version__", "model_type", "prompts", "default_prompt_name", "similarity_fn_name")
     if settings.get("model_type", "SentenceTransformer") != "SentenceTransformer":
         yield f"{SETTINGS}: model_type={settings['model_type']!r} is not supported, SentenceTransformer is"
-    yield from (f"{SETTINGS}: {key}={settings[key]!r} is not known" for key in settings if key not in known and settings[key])
+    yield from (
+        f"{SETTINGS}: {key}={settings[key]!r} is not known" for key in settings if key not in known and settings[key]
+    )
     prompts, default = settings.get("prompts") or {}, settings.get("default_prompt_name")
     if default is not None and prompts.get(default):
         yield (
