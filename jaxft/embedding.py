@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from .data.columns import pad, tokens_of
+from .data.columns import pad, padded_width
 from .data.formats import text_of
+from .data.images import ImageDataset
 from .errors import DataError, refuse
 
 Array = np.ndarray[Any, Any]
+BATCH_SIZE = 32
 
 
 def embed(
@@ -18,7 +20,7 @@ def embed(
     tokenizer: Any,
     texts: Sequence[str],
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     max_length: int | None = None,
     normalize: bool | None = None,
 ) -> Array:
@@ -28,7 +30,7 @@ def embed(
         model: Any model of ours; it pools as its `config.pooling` says (a sentence-transformers folder brings that).
         tokenizer: Its tokenizer.
         texts: The texts, none of them empty.
-        batch_size: Texts at a time; it changes nothing but speed.
+        batch_size: Texts at a time, of those of 64 tokens and more; it changes nothing but speed.
         max_length: Tokens of a text at most, the rest is cut off; None: what the model has positions for, or what its
             sentence-transformers folder says.
         normalize: Whether each vector gets length 1; None: as the folder says, else not.
@@ -46,26 +48,46 @@ def embed(
     """
     check_texts(texts)
     length = longest(model) if max_length is None else max_length
-    rows = [tokens_of(tokenizer, text, None, length)[0] for text in texts]
-    return scaled(embed_rows(model, rows, batch_size), model, normalize)
+    found = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]  # at once: in parallel, and quick
+    return scaled(embed_rows(model, [{"input_ids": ids} for ids in found], batch_size), model, normalize)
 
 
-def embed_rows(model: Any, rows: Sequence[Mapping[str, Array]], batch_size: int = 32) -> Array:
-    """Return the pooled vectors `[N, D]` float32 of texts given as tokens, rows of like length together."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+def embed_rows(model: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = BATCH_SIZE) -> Array:
+    """Return the pooled vectors `[N, D]` float32 of texts given as tokens, rows of like length together.
+
+    The longest come first: every batch is full but for the last, of the shortest, and each width has one program.
+    `batch_size` is of rows of 64 tokens and more; of shorter ones as many stand together as make as many tokens.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    limit, start = longest(model), 0
     out: list[tuple[list[int], Any]] = []
-    for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        batch = pad([rows[i] for i in picked], batch_size, longest(model))
-        out.append((picked, pooled(model, batch)))
+    while start < len(order):
+        width = padded_width(len(rows[order[start]]["input_ids"]), limit)
+        count = rows_of(width, batch_size, len(order) - start)
+        picked = order[start : start + count]
+        out.append((picked, pooled(model, pad([rows[i] for i in picked], count, limit))))
+        start += count
     return _gathered(out, len(rows))
 
 
-def embed_images(model: Any, images: Array, batch_size: int = 32) -> Array:
-    """Return the pooled vectors `[N, D]` float32 of images `[N, C, H, W]`, prepared as the model wants them."""
+def rows_of(width: int, batch_size: int, left: int) -> int:
+    """Return the rows of a batch: as many tokens as `batch_size` rows of 64, and not twice what is left.
+
+    >>> rows_of(16, 32, 1000), rows_of(16, 32, 5), rows_of(256, 32, 1000)
+    (128, 8, 32)
+    """
+    return min(batch_size * max(1, 64 // width), 1 << (left - 1).bit_length())
+
+
+def embed_images(model: Any, images: Array | ImageDataset, batch_size: int = BATCH_SIZE) -> Array:
+    """Return the pooled vectors `[N, D]` float32 of images `[N, C, H, W]`, prepared as the model wants them.
+
+    Those of a data set are prepared a batch at a time.
+    """
     out: list[tuple[list[int], Any]] = []
     for start in range(0, len(images), batch_size):
-        part = images[start : start + batch_size]
+        rows = slice(start, start + batch_size)
+        part = images.batch(rows)["pixel_values"] if isinstance(images, ImageDataset) else images[rows]
         full = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)])
         out.append((list(range(start, start + len(part))), pooled(model, {"pixel_values": full})))
     return _gathered(out, len(images))

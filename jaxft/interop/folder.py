@@ -173,7 +173,8 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
             library.check_names(tensors, config["name"], where)
             library.check_head(folder, fresh)
         else:
-            places = {key_of(key, config, getattr(model, "prefix", "")): entry for key, entry in places.items()}
+            places = renamed(places, config)
+        places = _bare(places, tensors, getattr(fresh, "prefix", ""))
         check_tensors(tensors, places, fresh, folder / weights)
         fill_entries(places, tensors.read)
     fresh = place(fresh)
@@ -194,6 +195,14 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
     if not (folder / LABELS).is_file():
         return None
     return tuple(map(str, read_json(folder / LABELS).get("labels") or ())) or None
+
+
+def _bare(places: dict[str, Entry], tensors: Tensors, prefix: str) -> dict[str, Entry]:
+    """Return the entries without the backbone's name, where the file is of an adapter on a backbone alone."""
+    whole = f"{PREFIX}{prefix}."
+    if not prefix or any(name.startswith(whole) for name in tensors.shapes):
+        return places
+    return {PREFIX + k.removeprefix(whole) if k.startswith(whole) else k: e for k, e in places.items()}
 
 
 def check_tensors(tensors: Tensors, places: dict[str, Entry], model: Any, file: Path) -> None:

@@ -108,14 +108,8 @@ def is_end(end: str, path: str) -> bool:
     return f".{path}".endswith(f".{end}")
 
 
-def key_of(key: str, config: Mapping[str, Any], prefix: str = "") -> str:
-    """Return what a tensor is called in a folder.
-
-    Of a head beside virtual tokens peft leaves `model` out. Of an adapter that was trained on a backbone by itself the
-    name lacks the `prefix` that the backbone has in this model.
-    """
-    if prefix and config.get("task_type") == "FEATURE_EXTRACTION":
-        key = key.replace(f"base_model.model.{prefix}.", "base_model.model.", 1)
+def key_of(key: str, config: Mapping[str, Any]) -> str:
+    """Return what a tensor of a head is called in a folder: beside virtual tokens peft leaves `model` out."""
     return key.replace("base_model.model.", "base_model.", 1) if config.get("peft_type") in VIRTUAL else key
 
 

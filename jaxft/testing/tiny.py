@@ -116,15 +116,17 @@ class ToyTokenizer:
 
     def __call__(
         self,
-        text: str,
+        text: str | list[str],
         text_pair: str | None = None,
         *,
         add_special_tokens: bool = True,
         truncation: bool = False,
         max_length: int | None = None,
-    ) -> dict[str, list[int]]:
-        """Turn a text into ids, or two that follow each other; there is no begin token to add."""
+    ) -> dict[str, Any]:
+        """Turn a text into ids, or two that follow each other, or a list of texts; there is no begin token to add."""
         del add_special_tokens
+        if isinstance(text, list):
+            return {"input_ids": [self(one, truncation=truncation, max_length=max_length)["input_ids"] for one in text]}
         parts = [[ord(letter) - 96 for letter in part] for part in (text, text_pair or "")]
         cut = max_length if truncation else None
         found = {"input_ids": [*parts[0], *parts[1]][:cut]}
