@@ -10,18 +10,20 @@ import numpy as np
 from jaxft import make_train_step
 from jaxft.config import load_config
 from jaxft.losses import next_token_loss
-from jaxft.tasks import sft
+from jaxft.tasks.sft import SupervisedTuning
+from jaxft.tasks.start import load_state
 
 config = load_config(sys.argv[1], ["train.epochs=null", "train.steps=1000", *sys.argv[2:]])
 
 began = time.perf_counter()
-data = sft.load_data(config)
+task = SupervisedTuning(config)
+data = task.load_data()
 rows = sum(map(len, data.train))
 print("\n".join(data.notes()))
 print(f"read and tokenise {rows / (time.perf_counter() - began):,.0f} rows/s")
 
 began = time.perf_counter()
-batches = sft.make_batches(config, data)
+batches = task.make_batches(data)
 if config.data.packing:
     print(f"{batches}; counted in {time.perf_counter() - began:.2f} s")
 picked = Counter(batches.order[i][0] if len(data.train) > 1 else 0 for i in range(1000))
@@ -33,7 +35,7 @@ for _ in range(200):
 rate = tokens / (time.perf_counter() - began)
 print(f"pipeline {rate:,.0f} tokens/s, {tokens / room:.4f} of the batches filled")
 
-state, step = sft.load_state(config, 100), make_train_step(next_token_loss)
+state, step = load_state(config, 100, None), make_train_step(next_token_loss)
 times, tokens, seen = [], [], set()
 for n in range(60):
     batch = batches[n]

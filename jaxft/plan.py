@@ -8,23 +8,21 @@ from collections import Counter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from .config import Config
-from .data.batches import width_of
 from .errors import RunError
 from .flops import count_flops
 from .loading import load
-from .losses.language import next_token_loss
 from .methods.report import parameter_report
 from .models.hub import abstract_model, load_model, resolve
 from .parallel import make_mesh
 from .parallel.rules import rows_sharding
 from .parallel.topology import GIB, capacity, topology_devices
 from .run import RunFolder
-from .tasks import sft
+from .tasks.registry import task_of
+from .tasks.start import choose_mesh, choose_remat, dtype_of, optimizer_of, shape_of
 from .train.state import TrainState
 from .train.step import make_train_step
 
@@ -121,11 +119,11 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         JaxftError: The config does not fit the devices, or there is no such slice.
     """
     devices = jax.devices() if topology is None else topology_devices(topology)
-    mesh = sft.choose_mesh(config, devices) or (make_mesh(devices=devices[:1]) if topology else None)
+    mesh = choose_mesh(config, devices) or (make_mesh(devices=devices[:1]) if topology else None)
     room = capacity(devices[0])
     state = abstract_state(config, mesh, devices[0].platform)
     batch = abstract_batch(config, mesh)
-    step = make_train_step(next_token_loss, accumulate=config.train.accumulate)
+    step = make_train_step(task_of(config).loss, accumulate=config.train.accumulate)
     traced = step.trace(state, batch)
     lowered = traced.lower()
     arguments = _device_bytes((state.trainable, state.frozen, state.opt_state, state.step, state.key, batch))
@@ -183,9 +181,9 @@ def _use_cache(on: bool) -> None:
 def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainState:
     """Return the first state of a config's run, as shapes."""
     m = config.model
-    options: dict[str, Any] = {"dtype": sft.dtype_of(config), "remat": sft.choose_remat(config, platform), "mesh": mesh}
+    options: dict[str, Any] = {"dtype": dtype_of(config), "remat": choose_remat(config, platform), "mesh": mesh}
     if m.config is not None:
-        model: Any = abstract_model(sft.shape_of(config, **options))
+        model: Any = abstract_model(shape_of(config, **options))
     elif RunFolder(m.source).started:
         model = load(m.source, **options, abstract=True)[0]
     else:
@@ -194,16 +192,13 @@ def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainSta
     method = method if method is None else method.loaded()  # a prompt's first words make no difference
     if method is None:
         raise RunError("method is left out: jaxft plan needs one, since it reads no run's adapter")
-    return TrainState.create(model, method, sft.optimizer_of(config, config.train.steps or STEPS))
+    return TrainState.create(model, method, optimizer_of(config, config.train.steps or STEPS))
 
 
 def abstract_batch(config: Config, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the widest batch of a config, as shapes."""
-    length, packing = config.data.max_length, config.data.packing
-    shape = (config.train.batch_size, length if packing else width_of(length))
     sharding = None if mesh is None else rows_sharding(mesh)
-    names = ["input_ids", "labels", "attention_mask", *(["segment_ids", "position_ids"] if packing else [])]
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
+    return {name: x.update(sharding=sharding) for name, x in task_of(config).shapes().items()}
 
 
 def _collectives(compiled: Any) -> dict[str, int] | None:

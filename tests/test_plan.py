@@ -16,7 +16,8 @@ from jaxft.config import load_config
 from jaxft.flops import count_flops
 from jaxft.parallel.topology import CAPACITY, capacity, topology_devices
 from jaxft.plan import abstract_batch, make_plan
-from jaxft.tasks import sft
+from jaxft.tasks.sft import SupervisedTuning
+from jaxft.tasks.start import choose_mesh, load_state
 from jaxft.testing import tiny_llama
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def test_its_bytes_are_those_of_live_arrays(config, mesh, method, tmp_path, toke
     plan = make_plan(read)
     jaxft.save_model(tiny_llama(**SHAPE, dtype="bfloat16"), tmp_path / "model", tokenizer)
     trained = load_config(config(method=method, more=mesh), [f"model.path={tmp_path}/model"])
-    live = sft.load_state(trained, 3, sft.choose_mesh(trained))
+    live = load_state(trained, 3, choose_mesh(trained))
 
     def held(tree):
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
@@ -218,13 +219,13 @@ def test_the_hub_is_asked_for_no_weights(config, monkeypatch, tmp_path):
 
 def test_a_shape_alone_cannot_be_trained(config):
     with pytest.raises(jaxft.ConfigError, match="set model.path to train"):
-        sft.load_data(load_config(config()))
+        SupervisedTuning(load_config(config())).load_data()
 
 
 def test_weights_of_another_shape_than_the_config_says(config, tmp_path, tokenizer):
     jaxft.save_model(tiny_llama(**{**SHAPE, "num_hidden_layers": 2}), tmp_path / "model", tokenizer)
     with pytest.raises(jaxft.ConfigError, match="num_hidden_layers"):
-        sft.load_state(load_config(config(), [f"model.path={tmp_path}/model"]), 3, None)
+        load_state(load_config(config(), [f"model.path={tmp_path}/model"]), 3, None)
 
 
 def test_flops_of_loops_branches_and_what_is_computed_again():

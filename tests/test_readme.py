@@ -97,7 +97,7 @@ def test_the_table_of_formats():
 
 
 def test_the_table_of_families():
-    rows = re.findall(r"^\| `(\w+)` \| \w", README[README.index("## Models") :], re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)` \| \w", README[README.index("## Models") :], re.MULTILINE)
     assert rows == ["model_type", *FAMILIES]
 
 

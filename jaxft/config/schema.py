@@ -30,7 +30,8 @@ class Section(BaseModel):
 class Model(Section):
     """Where training begins: a folder, a hub id, or a run; `init: random` reads its `config.json` alone.
 
-    `config` is a `config.json` by itself, a shape without weights: what `jaxft plan` looks at.
+    `config` is a `config.json` by itself, a shape without weights: what `jaxft plan` looks at. `pooling`: how a text or
+    image becomes one vector, where that should not be as the family or the sentence-transformers folder has it.
     """
 
     path: Text | None = None
@@ -38,6 +39,7 @@ class Model(Section):
     init: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     remat: Literal["none", "full", "auto"] = "auto"
+    pooling: Literal["cls", "mean", "max", "last"] | None = None
 
     @property
     def source(self) -> str:

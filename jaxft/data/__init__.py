@@ -1,8 +1,12 @@
-"""Rows to batches: every format to the exact token, mixtures in exact proportions, one order a seed."""
+"""Rows to batches: every format to the exact token, mixtures in exact proportions, one order a seed; pictures."""
 
+from .augment import Augmentation, augment, two_views
 from .batches import TrainBatches, collate, eval_batches
 from .formats import FORMATS, prompt_and_completion
+from .images import ImageDataset, load_images
 from .packing import PackedBatches, pack
+from .pixels import ImageProcessor, read_processor
+from .regions import RegionDataset, load_regions, region_features
 from .rows import read_rows
 from .source import Dataset, load_dataset
 from .templates import Template
@@ -10,15 +14,25 @@ from .tokens import Example
 
 __all__ = [
     "FORMATS",
+    "Augmentation",
     "Dataset",
     "Example",
+    "ImageDataset",
+    "ImageProcessor",
     "PackedBatches",
+    "RegionDataset",
     "Template",
     "TrainBatches",
+    "augment",
     "collate",
     "eval_batches",
     "load_dataset",
+    "load_images",
+    "load_regions",
     "pack",
     "prompt_and_completion",
+    "read_processor",
     "read_rows",
+    "region_features",
+    "two_views",
 ]

@@ -1,7 +1,7 @@
 """Text to token ids and labels, exact to the token."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,12 @@ class Example:
         """Return the first tokens; ids and labels are cut together, so that the mask cannot shift."""
         whole = self if self.prompt < length else dataclasses.replace(self, prompt=0, answer=None)  # no answer is left
         return dataclasses.replace(whole, input_ids=self.input_ids[:length], labels=self.labels[:length])
+
+    def parts(self) -> Iterator[bytes]:
+        """Yield the bytes that tell this row from others."""
+        yield f"{len(self)} {self.prompt} {self.answer!r}\n".encode()
+        yield self.input_ids.tobytes()
+        yield self.labels.tobytes()
 
     @property
     def trained(self) -> int:

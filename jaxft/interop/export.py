@@ -10,22 +10,22 @@ import numpy as np
 
 from ..errors import MethodError, refuse
 from ..methods.method import adapters
-from ..models.causal import CausalLM
+from ..models.base import Model
 from ..models.hub import abstract_model
-from ..models.names import LEAF_NAMES, Named, parameters
+from ..models.names import LEAF_NAMES, Named, parameters, renamed
 from ..models.tensors import replacing, write_tensors
 
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 SHARD_BYTES = 5_000_000_000
 
 
-def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, shard_bytes: int = SHARD_BYTES) -> Path:
+def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write config, weights and tokenizer; the weights in the model's dtype, in one file or, above a size, in shards.
 
     Args:
         model: A model without adapters (`jaxft.merge` folds them in), `state.model` after `Full` say.
         folder: Where to; made if it is not there. Its files are replaced together.
-        tokenizer: Written beside it, if given.
+        tokenizer: Written beside it, if given; of a vision model, its `ImageProcessor`.
         shard_bytes: Size of a file at most, where one tensor is not larger by itself.
 
     Returns:
@@ -38,8 +38,8 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
     >>> sorted(p.name for p in jaxft.save_model(jaxft.testing.tiny_llama(), tempfile.mkdtemp()).iterdir())
     ['config.json', 'model.safetensors']
     """
-    if not isinstance(model, CausalLM) or any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model)):
-        what = "has shapes for arrays" if isinstance(model, CausalLM) else f"is a {type(model).__name__}"
+    if not isinstance(model, Model) or any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model)):
+        what = "has shapes for arrays" if isinstance(model, Model) else f"is a {type(model).__name__}"
         raise MethodError(f"a model of jaxft with its weights is expected, this {what} (of a state: state.model)")
     if adapters(model):
         raise MethodError(
@@ -52,6 +52,7 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
     }
     _refuse_unreadable(model, set(places))
     itemsize = np.dtype(model.dtype).itemsize
+    places = {renamed(name, model.written): place for name, place in places.items()}
     sizes = {name: int(np.prod(_shape(*place))) * itemsize for name, place in places.items()}
     shards = _shards(sizes, shard_bytes)
     with replacing(Path(folder)) as scratch:
@@ -76,7 +77,7 @@ def save_model(model: CausalLM, folder: str | Path, tokenizer: Any = None, *, sh
     return Path(folder)
 
 
-def _refuse_unreadable(model: CausalLM, names: set[str]) -> None:
+def _refuse_unreadable(model: Model, names: set[str]) -> None:
     """Refuse leaves that a reader of the folder, ours or transformers, would not look for."""
     like = abstract_model(model.config_class.from_raw(_config(model)))
     readable = {f"{name}.{LEAF_NAMES[leaf]}" for named, leaf, _ in parameters(like) for name in named.names}
@@ -93,7 +94,7 @@ def _shape(named: Named, leaf: str, variable: Any, index: int) -> tuple[int, ...
     return tuple(shape[1:] if named.stacked else shape)
 
 
-def _tensor(model: CausalLM, named: Named, leaf: str, variable: Any, index: int) -> np.ndarray[Any, Any]:
+def _tensor(model: Model, named: Named, leaf: str, variable: Any, index: int) -> np.ndarray[Any, Any]:
     value = variable.get_value()
     value = np.asarray((value[index] if named.stacked else value).astype(model.dtype))
     return value.T if leaf == "kernel" and variable.get_metadata("transposed") else value
@@ -114,7 +115,7 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _config(model: CausalLM) -> dict[str, Any]:
+def _config(model: Model) -> dict[str, Any]:
     raw = json.loads(model.config.raw)
     for old in ("torch_dtype", "dtype", "_name_or_path"):
         raw.pop(old, None)
@@ -123,5 +124,19 @@ def _config(model: CausalLM) -> dict[str, Any]:
         "architectures": [type(model).__name__],
         "model_type": model.model_type,
         "dtype": np.dtype(model.dtype).name,
+        **class_keys(model.config.labels),
         **model.config_keys(),
     }
+
+
+def class_keys(labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return the keys of `config.json` that name the classes of a head: one alone is a regression's.
+
+    >>> class_keys(("bad", "good"))["label2id"]
+    {'bad': 0, 'good': 1}
+    """
+    if not labels:
+        return {}
+    kind = "regression" if len(labels) == 1 else "single_label_classification"
+    named = {str(i): label for i, label in enumerate(labels)}
+    return {"id2label": named, "label2id": {label: int(i) for i, label in named.items()}, "problem_type": kind}

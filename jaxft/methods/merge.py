@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..errors import MethodError, refuse
+from ..models.base import Model
 from ..models.causal import CausalLM
 from ..models.names import Named, named_modules
 from ..models.placement import place
@@ -56,7 +57,7 @@ def merge(model: Any) -> Any:
     for _, module in list(nnx.iter_modules(fresh)):
         unseam(module)
     forget_adapters(fresh)
-    if isinstance(fresh, CausalLM):
+    if isinstance(fresh, Model):
         fresh.config = fresh.config.replace(**fresh.config_keys())
     return place(fresh)
 
@@ -198,3 +199,5 @@ def _merge_copies(n: Named, ctx: Context, tied: jax.Array | None) -> None:
                 base = own.get_value() if own is not None else tied if leaf == "kernel" else None
                 weight = ctx.weight(name) * gate.reshape(*gate.shape, *(1,) * (value.ndim - gate.ndim))
                 put(n.module, leaf, mix(base, value, weight).astype(value.dtype if base is None else base.dtype))
+                if copy.get_metadata("head", False):
+                    getattr(n.module, leaf).set_metadata(new=False)  # it has been trained

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..errors import MethodError, refuse
-from ..models.causal import CausalLM
+from ..models.base import Model
 from ..models.names import variables
 from ..models.placement import place
 from ..models.seams import SLOTS, AdapterWeights, Delta
+from .heads import copy_heads
 from .linear import unseam
 from .stacking import refuse_clashes
 
@@ -127,7 +128,9 @@ def copy_tree(model: Any) -> Any:
 def attach(model: Any, method: Method, *, name: str = "default", seed: int = 0) -> Any:
     """Return a new model with an adapter attached: it shares the base's arrays, and the given one stays as it is.
 
-    The new adapter counts 1, the others as before. A method that attaches nothing (full, BitFit) adds nothing.
+    The new adapter counts 1, the others as before. A method that attaches nothing (full, BitFit) adds nothing. Of a
+    head that is new (`jaxft.load(..., labels=...)`) the adapter gets a copy of its own, which is trained whatever the
+    method; `Full` trains the head itself.
 
     Args:
         model: A model of ours, or a person's own `nnx.Module` that has `nnx.Linear` layers.
@@ -158,6 +161,7 @@ def attach(model: Any, method: Method, *, name: str = "default", seed: int = 0) 
 
     def build(fresh: Any) -> Any:
         method.fill(fresh, name, jax.random.key(seed))
+        copy_heads(fresh, method, name)
         register(fresh, name, method)
         return fresh
 
@@ -231,10 +235,10 @@ def detach(model: Any, name: str) -> Any:
 
 def forget_adapters(model: Any) -> None:
     """Leave a model as it is without adapters: the empty slot of ours, nothing on a person's own."""
-    if hasattr(model, "adapter_weights") and not isinstance(model, CausalLM):
+    if hasattr(model, "adapter_weights") and not isinstance(model, Model):
         del model.adapter_weights
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, CausalLM):
+        if isinstance(module, Model):
             module.adapter_weights = nnx.data(None)
 
 

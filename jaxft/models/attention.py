@@ -34,7 +34,7 @@ def attend(
         q: `[B, H, T, E]`.
         k: `[B, K, S, E]`; query head h reads key head h // (H / K).
         v: `[B, K, S, E]`.
-        mask: `[B or 1, 1, T, S]` bool.
+        mask: `[B or 1, 1, T or 1, S]` bool.
         scale: Factor of the scores; by default `1 / sqrt(E)`.
         softcap: Bends the scaled scores to `softcap * tanh(scores / softcap)` (Gemma 2).
         rate: Dropout on the probabilities, where a key is given.
@@ -136,6 +136,22 @@ def causal_mask(
     mask = jnp.tril(jnp.ones((length, length), bool))[None]
     if attention_mask is not None:
         mask = mask & (attention_mask != 0)[:, None, :]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids != 0)[:, None, :]
+    return mask[:, None]
+
+
+def open_mask(
+    shape: tuple[int, ...], attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """Return `[B or 1, 1, 1 or T, T]` bool: every token sees every other of its own segment.
+
+    Args:
+        shape: `(B, T)`.
+        attention_mask: `[B, T]`, zero at padding. Beside segments it narrows them, it never switches them off.
+        segment_ids: `[B, T]`, one number for each packed row; 0 is padding.
+    """
+    mask = jnp.ones((1, 1, shape[1]), bool) if attention_mask is None else (attention_mask != 0)[:, None, :]
     if segment_ids is not None:
         mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids != 0)[:, None, :]
     return mask[:, None]

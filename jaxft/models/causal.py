@@ -1,63 +1,25 @@
 """What every causal language model offers: `hidden`, `head`, their composition, and decoding with a cache."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..errors import BatchError
 from ..parallel.rules import constrain
 from .attention import causal_mask, default_positions
+from .base import Model
 from .cache import Cache
-from .config import ModelConfig
-from .seams import Context
-from .virtual import begin, behind, room
+from .virtual import begin, behind
 
 
-class CausalLM(nnx.Module):
-    """A language model that reads from left to right. A family sets `prefix`, its backbone under that name, `lm_head`.
+class Decoder(Model):
+    """A model that reads from left to right. A family sets `prefix`, and its backbone under that name.
 
     The backbone has `embed(ids, ctx) -> vectors`, is called as `backbone(vectors, ctx, cache) -> (hidden, cache)`, and
     has `input_embedding()`.
     """
-
-    model_type: ClassVar[str]
-    prefix: ClassVar[str]
-    config_class: ClassVar[type[ModelConfig]]
-    default_targets: ClassVar[tuple[str, ...]]
-    default_ia3: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]]  # scaled modules, and which of them at their input
-    disposable: ClassVar[str] = ""
-
-    lm_head: Any
-
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self.adapter_weights: Any = nnx.data(None)
-        self.past: Any = nnx.data(None)
-        self.prompt: Any = nnx.data(None)
-
-    @property
-    def dtype(self) -> Any:
-        """Dtype of computation."""
-        return self.config.dtype
-
-    @property
-    def backbone(self) -> Any:
-        """The model without its head."""
-        return getattr(self, self.prefix)
-
-    def context(self, rows: int, key: jax.Array | None = None, **fields: Any) -> Context:
-        """Return the context of one pass: dropout key, adapter weights, mask and positions."""
-        fields["mesh"] = self.config.mesh
-        if self.adapter_weights is None:
-            return Context(key=key, **fields)
-        weights = self.adapter_weights.get_value()
-        if weights.ndim == 2 and weights.shape[0] != rows:
-            raise BatchError(f"adapter weights are for {weights.shape[0]} rows, the batch has {rows}")
-        names = tuple(name for name, _ in self.adapter_weights.get_metadata("adapters"))
-        return Context(key=key, weights=weights, names=names, **fields)
 
     def hidden(
         self,
@@ -74,6 +36,25 @@ class CausalLM(nnx.Module):
         mask = causal_mask(input_ids.shape[1], attention_mask, segment_ids)
         ctx = behind(begin(self, len(input_ids), key), self.context(len(input_ids), key, mask=mask), position_ids)
         return self.backbone(self.backbone.embed(input_ids, ctx), ctx, None)[0]
+
+
+class CausalLM(Decoder):
+    """A language model that reads from left to right. A family sets `make_backbone` and `lm_head`."""
+
+    task_type = "CAUSAL_LM"
+
+    lm_head: Any
+
+    @classmethod
+    def make_backbone(cls, config: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """Return a fresh backbone."""
+        raise NotImplementedError(f"{cls.__name__} sets `make_backbone`")
+
+    @classmethod
+    def backbone_keys(cls, backbone: Any) -> dict[str, Any]:
+        """Return the keys of `config.json` that follow from which leaves a backbone has."""
+        del backbone
+        return {}
 
     def head(self, hidden: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Map `[B, T, D]` to logits `[B, T, V]`."""
@@ -113,18 +94,13 @@ class CausalLM(nnx.Module):
 
     def config_keys(self) -> dict[str, Any]:
         """Return the keys of `config.json` that follow from which leaves there are; merging can change them."""
-        return {"tie_word_embeddings": self.lm_head.kernel is None}
+        return {"tie_word_embeddings": self.lm_head.kernel is None, **self.backbone_keys(self.backbone)}
 
     def empty_cache(self, rows: int, room: int) -> Cache:
         """Return a cache for `rows` texts of up to `room` tokens, begun with what adapters put before them."""
         c = self.config
         cache = Cache.empty(c.num_hidden_layers, rows, c.num_key_value_heads, room, c.head_dim, c.dtype)
         return dataclasses.replace(cache, past=begin(self, rows, None))
-
-    def positions_left(self) -> int | None:
-        """Return how many tokens a row may have beside the virtual ones that shift them; None: there is no table."""
-        positions = getattr(self.config, "n_positions", None)
-        return None if positions is None else positions - room(self)
 
     def decode(
         self, input_ids: jax.Array, valid: jax.Array, position_ids: jax.Array, cache: Cache

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -22,6 +23,10 @@ class ModelConfig:
     """What every family has; a family adds its own fields and `parse`.
 
     Attributes:
+        pooling: How `pooled` makes one vector of a row's: a mode of `pooling.pool`.
+        normalize: Whether an embedding is scaled to length 1 (a sentence-transformers folder says so).
+        max_seq_length: The tokens of a text that an embedding is made of (likewise); None: as many as fit.
+        labels: Names of the classes of a classification head; () where there is none.
         dtype: Dtype of computation; parameters are cast to it where they are used.
         remat: `"none"` or `"full"`: what the backward pass recomputes.
         mesh: The mesh that the model lies on; None: one device.
@@ -30,14 +35,27 @@ class ModelConfig:
         raw: The `config.json` as it was read, for writing it back.
     """
 
-    vocab_size: int
+    sizes: ClassVar[tuple[str, ...]] = (  # whole numbers of at least 1
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+
+    vocab_size: int = 0
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    tie_word_embeddings: bool
+    tie_word_embeddings: bool = False
+    pooling: str = "last"
+    normalize: bool = False
+    max_seq_length: int | None = None
+    labels: tuple[str, ...] = ()
     dtype: Any = FLOAT32
     remat: str = "none"
     mesh: Mesh | None = None
@@ -55,7 +73,7 @@ class ModelConfig:
         """Build the record from a parsed `config.json` (see the examples of the families)."""
         model_type = raw.get("model_type")
         try:
-            fields = {**cls.parse(raw), "stop_ids": token_ids(raw.get("eos_token_id"))}
+            fields = {**cls.parse(raw), "labels": class_names(raw), "stop_ids": token_ids(raw.get("eos_token_id"))}
         except KeyError as missing:
             raise CheckpointError(f"config.json of model_type {model_type!r} lacks the key {missing}") from None
         except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -64,7 +82,7 @@ class ModelConfig:
             raise CheckpointError(
                 f"config.json of model_type {model_type!r} has a value of a wrong kind: {error}"
             ) from None
-        config = cls(**fields, raw=json.dumps(raw), **more)
+        config = cls(**{**fields, **more}, raw=json.dumps(raw))
         config.check()
         return config
 
@@ -74,15 +92,9 @@ class ModelConfig:
 
     def check(self) -> None:
         """Refuse head counts that do not divide, and an unknown `remat`."""
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        )
-        wrong = [f"{key} is {size!r}" for key in sizes if not isinstance(size := getattr(self, key), int) or size < 1]
+        wrong = [
+            f"{key} is {size!r}" for key in self.sizes if not isinstance(size := getattr(self, key), int) or size < 1
+        ]
         refuse(CheckpointError, "config.json: sizes are whole numbers of at least 1", wrong)
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
@@ -91,6 +103,23 @@ class ModelConfig:
             )
         if self.remat not in REMATS:
             raise CheckpointError(f"remat={self.remat!r}: choose one of {', '.join(map(repr, REMATS))}")
+
+
+def class_names(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the classes of a checkpoint with a classification head, () of another one.
+
+    >>> class_names({"architectures": ["BertForSequenceClassification"], "id2label": {"1": "good", "0": "bad"}})
+    ('bad', 'good')
+    """
+    if not any(re.search(r"For(Sequence|Image)Classification$", str(name)) for name in raw.get("architectures") or ()):
+        return ()
+    named = raw.get("id2label") or {i: unnamed(i) for i in range(raw.get("num_labels", 2))}
+    return tuple(str(name) for _, name in sorted((int(i), name) for i, name in named.items()))
+
+
+def unnamed(i: int) -> str:
+    """Return what transformers calls a class that has no name."""
+    return f"LABEL_{i}"
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

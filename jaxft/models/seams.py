@@ -7,6 +7,7 @@ Modules of a model have empty slots, filled by `jaxft.methods` and keyed by the 
     join     {name: module}   where a part's output meets the residual stream: what the adapter adds there
     past     {name: module}   at the model: keys and values put before the sequence in every layer's attention
     prompt   {name: module}   at the model: vectors put before the embedded sequence
+    temperature {name: module}  at the model: a contrastive loss's temperature, of which the model knows nothing
 
 The base's own leaves keep their paths and values whatever hangs in the slots.
 """
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-SLOTS = ("delta", "saved", "join", "past", "prompt")
+SLOTS = ("delta", "saved", "join", "past", "prompt", "temperature")
 
 
 class Delta(nnx.Param[Any]):
@@ -87,6 +88,8 @@ class Context:
         rope: Cosines and sines `[B, 1, T, head_dim / 2]`, float32, where the family rotates.
         layer: Index of the layer, inside the stack.
         past: What stands before the sequence in attention.
+        token_types: `[B, T]`, which of two texts a token is of, where the family asks.
+        virtual: `[R, 1, P]`, weights of the P virtual tokens that stand, in an encoder, at the end of the array.
         kernel: What the module was given for a kernel, which has none of its own (a tied output head).
         names: Names of the adapters, in the order of `weights`.
         mesh: The mesh that the model lies on; None: one device.
@@ -99,6 +102,8 @@ class Context:
     rope: tuple[jax.Array, jax.Array] | None = None
     layer: jax.Array | None = None
     past: Past | None = None
+    token_types: jax.Array | None = None
+    virtual: jax.Array | None = None
     kernel: jax.Array | None = None
     names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})

@@ -3,6 +3,7 @@
 Both become one `Past`: the keys and values that every layer's attention finds before those of the sequence. A virtual
 token sees nothing of the rows that it stands before, so all of them are read through the layers once for a batch, and
 again for each row only where rows have adapter weights of their own. A packed row shows them to each of its segments.
+(In an encoder it sees the whole row, and is read with it: `encoder.Encoder`.)
 
 A prefix is called as `module(ctx, rows) -> [R, P, 2 L K E]`, numbers in peft's order (layer l's keys, then its
 values); a prompt likewise gives `[1, P, D]`, vectors that stand beside embedded tokens. Both have `num_virtual_tokens`,
@@ -83,11 +84,26 @@ def read(model: Any, ctx: Context) -> Past:
     return Past(kept.k, kept.v, weight, there.sum(-1, dtype=jnp.int32), weight.shape[-1])
 
 
+def apart(k: jax.Array, v: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, Past | None]:
+    """Return one layer's keys and values without those of an encoder's virtual tokens, and what stands before them.
+
+    Args:
+        k: `[B, K, T + P, E]`, the virtual tokens at the end.
+        v: `[B, K, T + P, E]`.
+        ctx: The context.
+    """
+    if ctx.virtual is None:
+        return k, v, ctx.past
+    length, zero = k.shape[2] - ctx.virtual.shape[-1], jnp.zeros((1, 1), jnp.int32)
+    virtual = Past(k[:, :, length:], v[:, :, length:], ctx.virtual, zero, 0)
+    return k[:, :, :length], v[:, :, :length], after(ctx.past, virtual)
+
+
 def after(first: Past | None, second: Past) -> Past:
     """Return the places of both, one after the other."""
     if first is None:
         return second
-    k, v = (_beside([a, b], 3) for a, b in ((first.k, second.k), (first.v, second.v)))
+    k, v = (_beside([a, b], a.ndim - 2) for a, b in ((first.k, second.k), (first.v, second.v)))
     weight = _beside([first.weight, second.weight], 2)
     return Past(k, v, weight, first.offset + second.offset, first.room + second.room)
 

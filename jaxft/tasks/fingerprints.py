@@ -13,7 +13,7 @@ from ..methods.partition import leaves
 from ..models.hub import NEEDED, resolve
 from ..run import RunFolder
 from ..train.state import TrainState
-from .sft import Data
+from .task import Data
 
 BLOCK = 1 << 20
 BLOCKS = 16  # of a file that are looked at: all of a tokenizer, a sample of a model's shard
@@ -83,9 +83,8 @@ def _how(kind: str, before: Any, after: Any) -> str:
 def _rows(source: Dataset) -> str:
     found = hashlib.sha256()
     for row in source.examples:
-        found.update(f"{len(row)} {row.prompt} {row.answer!r}\n".encode())
-        found.update(row.input_ids.tobytes())
-        found.update(row.labels.tobytes())
+        for part in row.parts():
+            found.update(part)
     return found.hexdigest()
 
 

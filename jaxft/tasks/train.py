@@ -10,7 +10,6 @@ import jax
 from ..config import Config
 from ..interop.export import save_model
 from ..interop.folder import save_adapter
-from ..losses.language import next_token_loss
 from ..methods import Full
 from ..methods.method import parts_of
 from ..methods.report import parameter_report
@@ -25,8 +24,9 @@ from ..train.state import TrainState
 from ..train.step import make_train_step
 from ..train.stop import Stop, Stopped
 from ..train.trackers import check_trackers, make_trackers
-from . import sft
 from .fingerprints import check_same, fingerprints
+from .registry import task_of
+from .start import choose_mesh, choose_remat, schedule_of
 
 Say = Callable[[str], None]
 
@@ -46,17 +46,18 @@ class Job:
 
     def __init__(self, config: Config, *, resume: bool = False, say: Say = print, stop: Stop | None = None):
         self.config, self.say, self.run, self.resume = config, say, RunFolder(config.output), resume
-        self.mesh = sft.choose_mesh(config)
+        self.mesh = choose_mesh(config)
         self.stop = stop or Stop()
-        self.data = sft.load_data(config)
-        sft.check_evaluation(config, self.data)
+        self.task = task_of(config)
+        self.data = self.task.load_data()
+        self.task.check_evaluation(self.data)
         check_trackers(config.trackers)
-        self.batches = sft.make_batches(config, self.data)
+        self.batches = self.task.make_batches(self.data)
         self.steps = len(self.batches)
-        self.schedule = sft.schedule_of(config, self.steps)
-        self.remat = sft.choose_remat(config)
-        self.state = sft.load_state(config, self.steps, self.mesh)
-        sft.check_fit(config, self.data, self.state.frozen)
+        self.schedule = schedule_of(config, self.steps)
+        self.remat = choose_remat(config)
+        self.state = self.task.load_state(self.steps, self.mesh, self.data)
+        self.task.check_fit(self.data, self.state.frozen)
         self.eval_batch_size = config.evaluation.batch_size or config.train.batch_size
         for line in self.data.notes():
             say(line)
@@ -113,7 +114,7 @@ class Job:
 
         state = fit(
             state,
-            make_train_step(next_token_loss, accumulate=train.accumulate),
+            make_train_step(self.task.loss, accumulate=train.accumulate),
             self.batches.iterate(int(state.step)),
             steps=self.steps,
             log_every=train.log_every,
@@ -147,25 +148,13 @@ class Job:
             return {}
         step, model = int(state.step), state.model
         with suppress(Stopped), self.stop.at_once():
-            figures, written = sft.evaluate(model, self.config, self.data, self.eval_batch_size)
+            figures, made = self.task.evaluate(model, self.data, self.eval_batch_size)
         if self.stop():
             return {}
         figures = prefixed(figures)
         for tracker in trackers:
             tracker.log(step, figures)
-        shown = self.config.evaluation.samples
-        every = max(1, len(written) // shown) if shown else 1
-        self.run.add_samples(
-            [
-                {
-                    "step": step,
-                    "prompt": self.data.tokenizer.decode(row.input_ids[: row.prompt], skip_special_tokens=True),
-                    "expected": row.answer,
-                    "answer": answer,
-                }
-                for row, answer in written[::every][:shown]
-            ]
-        )
+        self.task.keep(self.run, step, self.data, made)
         return figures
 
     def _evaluations(self) -> list[dict[str, Any]]:
@@ -181,6 +170,7 @@ class Job:
         else:
             made = save_adapter(state, self.run.adapter)
         picture = plot_curves(self.run.metrics, self.run.report / "curves.png", title=str(self.run.path))
+        self.task.draw(self.run, self.data)
         evaluations = self._evaluations()
         logged = [row for row in self.run.records(self.run.metrics) if "tokens_per_second" in row]
         summary = {

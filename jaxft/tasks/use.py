@@ -18,7 +18,8 @@ from ..methods.method import adapters
 from ..methods.switch import set_adapter
 from ..run import RunFolder
 from ..train.evaluate import prefixed
-from . import sft
+from .registry import task_of
+from .start import choose_mesh
 
 
 def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float]:
@@ -31,13 +32,13 @@ def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float
         raise RunError("there are no held-out rows to evaluate on: set data.eval (--set data.eval=FILE)")
     if run is not None:  # the run is where one would begin
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(run.path)})})
-    data = sft.load_data(config, train=False)
-    sft.check_evaluation(config, data)
-    base, _ = sft.base_of(config)
-    model = sft.load_base(config, base, "none", sft.choose_mesh(config))
-    sft.check_fit(config, data, model)
+    task = task_of(config)
+    data = task.load_data(train=False)
+    task.check_evaluation(data)
+    model = task.load_model(choose_mesh(config), data)
+    task.check_fit(data, model)
     batch_size = config.evaluation.batch_size or config.train.batch_size
-    return prefixed(sft.evaluate(model, config, data, batch_size)[0])
+    return prefixed(task.evaluate(model, data, batch_size)[0])
 
 
 def generate(

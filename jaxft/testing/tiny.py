@@ -4,10 +4,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..models import FAMILIES, CausalLM
+from ..models import FAMILIES, BertModel, ViTModel
+from ..models.bert import BertConfig
 from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
 from ..models.hub import fresh_model
 from ..models.llama import LlamaConfig, LlamaForCausalLM
+from ..models.vit import ViTConfig
 
 LLAMA = {
     "model_type": "llama",
@@ -29,6 +31,26 @@ GPT2 = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
     "resid_pdrop": 0.0,
+}
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 4,
 }
 
 
@@ -52,9 +74,27 @@ def tiny_gpt2(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, *
     return fresh_model(config, seed)
 
 
-def tiny_model(
-    model_type: str, *, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any
-) -> CausalLM:
+def tiny_bert(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> BertModel:
+    """Return a random BERT of two layers, without dropout, with a vocabulary of 64; keywords as in `tiny_llama`.
+
+    >>> tiny_bert()([[5, 6, 7]]).shape
+    (1, 3, 32)
+    """
+    config = BertConfig.from_raw({**BERT, **raw}, remat=remat, dtype=jnp.dtype(dtype))
+    return fresh_model(config, seed)
+
+
+def tiny_vit(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> ViTModel:
+    """Return a random ViT of two layers, for RGB pictures of 8 by 8 pixels in 4 patches; keywords as in `tiny_llama`.
+
+    >>> tiny_vit(image_size=[8, 12]).config.grid
+    (2, 3)
+    """
+    config = ViTConfig.from_raw({**VIT, **raw}, remat=remat, dtype=jnp.dtype(dtype))
+    return fresh_model(config, seed)
+
+
+def tiny_model(model_type: str, *, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> Any:
     """Return a random model of any family that is a Llama with a difference; sizes and keywords as in `tiny_llama`.
 
     >>> tiny_model("mistral", sliding_window=4).config.windows

@@ -8,7 +8,7 @@ import socket
 import pytest
 from conftest import adapter, half_written, logged
 
-from jaxft.tasks import sft
+from jaxft.tasks.sft import SupervisedTuning
 from jaxft.train.stop import Stop, Stopped
 
 NEVER = ("--set", "train.save_every=null")  # what is saved is saved because of the signal
@@ -43,20 +43,20 @@ def test_two_signals_and_another_writer(whole, place, child, run):
 @pytest.mark.parametrize("at", [8, *(pytest.param(at, marks=pytest.mark.slow) for at in (0, 16))])
 def test_during_an_evaluation(whole, place, job, monkeypatch, at):
     """It is left at once, and made when the run goes on."""
-    evaluate, calls = sft.evaluate, []
+    evaluate, calls = SupervisedTuning.evaluate, []
 
-    def slow(model, *rest):
+    def slow(*given):
         calls.append(0)
         if len(calls) == 1 + at // 8:
             signal.raise_signal(signal.SIGTERM)
             pytest.fail("the evaluation went on")
-        return evaluate(model, *rest)
+        return evaluate(*given)
 
-    monkeypatch.setattr(sft, "evaluate", slow)
+    monkeypatch.setattr(SupervisedTuning, "evaluate", slow)
     output = f"look{at}"
     with pytest.raises(Stopped, match=f"stopped after step {at}, which is saved"), Stop() as stop:
         job(output, stop=stop).train()
-    monkeypatch.setattr(sft, "evaluate", evaluate)
+    monkeypatch.setattr(SupervisedTuning, "evaluate", evaluate)
     job(output, True).train()
     assert adapter(place / output) == adapter(whole)
     assert looks(place / output) == looks(whole)
@@ -69,7 +69,7 @@ def looks(folder):
 
 
 def test_while_it_is_loading(place, run, monkeypatch):
-    monkeypatch.setattr(sft, "load_data", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(SupervisedTuning, "load_data", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     code, said = run("train", "c.yaml", "--output", "unborn")
     assert (code, said) == (75, "stopped before anything was trained\n")
     assert not (place / "unborn").exists()

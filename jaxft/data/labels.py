@@ -1,0 +1,50 @@
+"""Labels of rows as class ids: numbers as they are, names in alphabetical order."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError, nearest
+
+
+def as_label(value: Any) -> int | str:
+    """Return a label as a class number or name; text that is a whole number is the number (a CSV has no other).
+
+    >>> as_label(" 3"), as_label("shoes"), as_label(np.int64(4))
+    (3, 'shoes', 4)
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer, str, np.str_)):
+        raise DataError(f"label: a class number or name is expected, this is {type(value).__name__}: {str(value)[:80]}")
+    text = str(value).strip()
+    if not text:
+        raise DataError("label: it is empty")
+    if not text.lstrip("-").isdecimal():
+        return text
+    if int(text) < 0:
+        raise DataError(f"label: {text} is below 0")
+    return int(text)
+
+
+def classes_of(labels: Sequence[int | str]) -> tuple[str, ...]:
+    """Return the names of the classes: of numbers 0 to the greatest, of names each of them, sorted.
+
+    >>> classes_of([2, 0]), classes_of(["shoes", "hat", "shoes"])
+    (('0', '1', '2'), ('hat', 'shoes'))
+    """
+    if labels and all(isinstance(label, int) for label in labels):
+        return tuple(map(str, range(max(map(int, labels)) + 1)))
+    return tuple(sorted({str(label) for label in labels}))
+
+
+def class_id(label: int | str, classes: Sequence[str]) -> int:
+    """Return the id of a label: its place among the classes by name, else the number itself.
+
+    >>> class_id("hat", ("hat", "shoes")), class_id(1, ("hat", "shoes")), class_id(7, ("5", "7"))
+    (0, 1, 1)
+    """
+    if str(label) in classes:
+        return list(classes).index(str(label))
+    if isinstance(label, int) and label < len(classes) and not all(name.isdecimal() for name in classes):
+        return label
+    raise DataError(f"label: {label!r} is none of the {len(classes)} classes; {nearest(str(label), classes)}")

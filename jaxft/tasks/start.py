@@ -1,0 +1,181 @@
+"""How a run begins, whatever its task: the model that it starts from, mesh, method and optimiser."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ..config import Config
+from ..errors import ConfigError, DataError, MeshError, RunError, refuse
+from ..loading import free_name, load, load_run, load_tokenizer, with_pooling
+from ..methods import Full, Method
+from ..methods.merge import merge
+from ..methods.method import adapters, parts_of
+from ..models.hub import fresh_model, read_config, read_shape, resolve
+from ..parallel import make_mesh
+from ..parallel.rules import batch_devices
+from ..run import RunFolder
+from ..train.optimizer import make_optimizer, make_schedule
+from ..train.state import TrainState
+
+
+def base_of(config: Config) -> RunFolder | None:
+    """Return the run whose result a config begins with, None where it is a plain model."""
+    run = RunFolder(config.model.source)
+    return run if run.started else None
+
+
+def base_folder(config: Config) -> Path:
+    """Return the folder of the model that everything begins with: that of the last of the runs that lie over it."""
+    at = RunFolder(config.model.source)
+    while at.started and not at.model.is_dir():
+        at = RunFolder(at.config().model.source)  # the adapter's base may be a run too
+    return at.model if at.started else resolve(at.path)
+
+
+def tokenizer_of(config: Config) -> Any:
+    """Return the tokenizer that a config begins with.
+
+    Raises:
+        DataError: The folder has none.
+    """
+    folder = base_folder(config)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise DataError(f"{folder}: it holds no tokenizer (tokenizer.json), which turns the rows into tokens")
+    return tokenizer
+
+
+def load_state(
+    config: Config, steps: int, mesh: Mesh | None, *, labels: tuple[str, ...] = (), more: Method | None = None
+) -> TrainState:
+    """Load the model, onto a mesh where there is one, attach the method and start the optimiser.
+
+    Over a run's adapter, a config without a method goes on training that adapter; one with a method leaves it frozen
+    beneath. Full fine-tuning merges it first.
+
+    Args:
+        config: Of the run.
+        steps: Of the run.
+        mesh: Where it runs.
+        labels: Classes of a head that the model gets; (): it gets none.
+        more: What the task trains besides the method.
+    """
+    run = base_of(config)
+    method = config.make_method()
+    method = method | more if method is not None and more is not None else method
+    model = load_base(config, run, choose_remat(config), mesh, labels)
+    name = free_name(model)
+    if method is None:
+        if run is None or run.model.is_dir():
+            raise RunError("method is left out: it may be, where model.path is a run with an adapter to go on with")
+        method = run.config().make_method() or _inherited(run)
+        name = next(reversed(adapters(model)), "default")
+        kept = None if name in adapters(model) else method
+        return TrainState.create(model, kept, optimizer_of(config, steps), seed=config.train.seed, name=name)
+    if adapters(model) and any(isinstance(part, Full) for part in parts_of(method)):
+        model, name = merge(model), "default"
+    return TrainState.create(model, method, optimizer_of(config, steps), seed=config.train.seed, name=name)
+
+
+def _inherited(run: RunFolder) -> Method:
+    """Return the method of a run that itself went on with an earlier run's."""
+    earlier = RunFolder(run.config().model.source)
+    return earlier.config().make_method() or _inherited(earlier)
+
+
+def load_base(
+    config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None = None, labels: tuple[str, ...] = ()
+) -> Any:
+    """Return the model that a config begins with: loaded, a run's, or random by its `config.json` alone.
+
+    With `labels` it has a head of these classes, and with `model.pooling` it pools so.
+    """
+    model = _load_base(config, run, remat, mesh, labels)
+    return model if config.model.pooling is None else with_pooling(model, config.model.pooling)
+
+
+def _load_base(config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None, labels: tuple[str, ...]) -> Any:
+    path = config.model.source
+    options: dict[str, Any] = {"dtype": dtype_of(config), "remat": remat, "mesh": mesh}
+    head: dict[str, Any] = {"labels": labels} if labels else {}
+    if run is not None:
+        return load_run(run, **options, **head)[0]
+    if config.model.init == "random":
+        return fresh_model(read_config(resolve(path), **options, **head, source=path), config.train.seed)
+    if config.model.config is not None:
+        _check_shape(read_config(resolve(path), **options), shape_of(config, **options))
+    return load(path, **options, **head)[0]
+
+
+def shape_of(config: Config, **options: Any) -> Any:
+    """Return the shape that `model.config` names.
+
+    Raises:
+        ConfigError: It is no file.
+    """
+    file = Path(str(config.model.config))
+    if not file.is_file():
+        what = "a folder: give a config.json in it" if file.is_dir() else "not there"
+        raise ConfigError(f"model.config: {file} is {what}")
+    return read_shape(file, **options)
+
+
+def _check_shape(loaded: Any, planned: Any) -> None:
+    """Refuse weights of another shape than `model.config` says."""
+    keys = [f.name for f in dataclasses.fields(planned) if f.compare and f.name != "dtype"]
+    pairs = {key: (getattr(planned, key), getattr(loaded, key, None)) for key in keys}
+    pairs["family"] = (type(planned).__name__, type(loaded).__name__)
+    refuse(
+        ConfigError,
+        "model.config is not the shape of the weights at model.path",
+        [f"{key}: {there!r} there, {here!r} in the weights" for key, (there, here) in pairs.items() if there != here],
+    )
+
+
+def dtype_of(config: Config) -> str | None:
+    """Return the dtype that a config asks for: of random weights float32 if it says nothing, else the checkpoint's."""
+    return config.model.dtype or ("float32" if config.model.init == "random" else None)
+
+
+def choose_remat(config: Config, platform: str | None = None) -> str:
+    """Return what the backward pass recomputes: with `auto` everything on an accelerator, where memory is dear."""
+    if config.model.remat != "auto":
+        return config.model.remat
+    return "none" if (platform or jax.default_backend()) == "cpu" else "full"
+
+
+def choose_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """Return the mesh that a config asks for, of all devices; None: the first device alone.
+
+    Raises:
+        MeshError: The devices cannot form it, or the rows of a batch do not divide over it.
+    """
+    if config.mesh is None:
+        return None
+    mesh = make_mesh(**config.mesh.model_dump(), devices=devices)
+    rows, parts = config.train.batch_size // config.train.accumulate, batch_devices(mesh)
+    if rows % parts:
+        raise MeshError(
+            f"train.batch_size {config.train.batch_size}: {rows} rows of a micro-batch do not divide over the "
+            f"{parts} devices of data x fsdp; take a multiple of {parts * config.train.accumulate}"
+        )
+    return mesh
+
+
+def optimizer_of(config: Config, steps: int) -> Any:
+    """Return the optimiser of a config."""
+    o = config.optimizer
+    moments = {"b1": o.b1, "b2": o.b2, "eps": o.eps}
+    return make_optimizer(
+        o.name, schedule_of(config, steps), weight_decay=o.weight_decay, clip_norm=o.clip_norm, **moments
+    )
+
+
+def schedule_of(config: Config, steps: int) -> Any:
+    """Return the learning rate of a config by step."""
+    o = config.optimizer
+    return make_schedule(o.schedule, o.learning_rate, steps=steps, warmup_steps=o.warmup_steps)

@@ -1,0 +1,128 @@
+"""What a run needs to know of its task. What all runs do alike stands in `train`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import jax
+from jax.sharding import Mesh
+
+from ..config import Config, Source
+from ..data import Dataset
+from ..errors import DataError, refuse
+from ..run import RunFolder
+from ..train.state import TrainState
+from ..train.step import ModelLoss
+from .start import base_of, load_base, load_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The rows of a run: what turns them into arrays (a tokenizer), training sources, held-out sources."""
+
+    tokenizer: Any
+    train: tuple[Dataset, ...]
+    held_out: tuple[Dataset, ...]
+
+    def notes(self) -> list[str]:
+        """Say what was read, and what was left out of it."""
+        said = []
+        for kind, data in [("train", d) for d in self.train] + [("eval", d) for d in self.held_out]:
+            said.append(f"{kind}: {len(data):,} rows of {data.name}" + (f", {data.cut:,} cut" if data.cut else ""))
+            for rows, why in ((data.skipped, "bad rows left out"), (data.dropped, "rows left out")):
+                if rows:
+                    said.append(f"  {len(rows):,} {why}:")
+                    said += [f"    {row}" for row in rows[:5]] + ["    ..."] * (len(rows) > 5)
+        return said
+
+
+class Task:
+    """One task, on one config. A task says how rows become batches, what the loss is, and what is measured.
+
+    Attributes:
+        formats: The formats of rows that it takes.
+    """
+
+    formats: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @property
+    def loss(self) -> ModelLoss:
+        """The loss of a step."""
+        raise NotImplementedError
+
+    def load_data(self, *, train: bool = True) -> Data:
+        """Read the rows; every bad one is named before a model is loaded.
+
+        Args:
+            train: Whether the training rows are wanted too.
+
+        Raises:
+            DataError: Sources that cannot be read, or bad rows.
+        """
+        raise NotImplementedError
+
+    def make_batches(self, data: Data) -> Any:
+        """Return the batches of a run: they have a length, and `iterate(start)`.
+
+        Raises:
+            DataError: Fewer rows than one batch.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, model: Any, data: Data, batch_size: int) -> tuple[dict[str, float], Any]:
+        """Return the figures of a model on the held-out rows, and what else comes of it (answers, vectors)."""
+        raise NotImplementedError
+
+    def check_evaluation(self, data: Data) -> None:
+        """Refuse an evaluation that could not be made at the end: before the run, not after it."""
+
+    def check_fit(self, data: Data, model: Any) -> None:
+        """Refuse rows that the model cannot take."""
+
+    def keep(self, run: RunFolder, step: int, data: Data, made: Any) -> None:
+        """Keep in the run's folder what an evaluation has made besides its figures."""
+
+    def draw(self, run: RunFolder, data: Data) -> None:
+        """Draw what the task has to show besides the curves, at the end."""
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the widest batch, as shapes."""
+        raise NotImplementedError
+
+    def load_state(self, steps: int, mesh: Mesh | None, data: Data) -> TrainState:
+        """Return the state that the run begins with."""
+        del data
+        return load_state(self.config, steps, mesh)
+
+    def load_model(self, mesh: Mesh | None, data: Data) -> Any:
+        """Return the model that a config begins with, to evaluate it."""
+        del data
+        return load_base(self.config, base_of(self.config), "none", mesh)
+
+    def read_all(self, read: Callable[[Source], Dataset], *, train: bool) -> tuple[tuple[Dataset, ...], ...]:
+        """Read training and held-out sources; what is wrong with each is said at once."""
+        problems: list[str] = []
+
+        def attempt(source: Source) -> Dataset:
+            try:
+                return read(source)
+            except DataError as error:
+                problems.append(str(error))
+                return Dataset([])
+
+        config = self.config
+        training = tuple(map(attempt, config.data.train)) if train else ()
+        held_out = tuple(map(attempt, config.data.eval or ()))
+        refuse(DataError, "data that cannot be used", problems)
+        limit = config.evaluation.rows
+        return training, tuple(dataclasses.replace(d, examples=d.examples[:limit]) for d in held_out)
+
+
+def steps_of(config: Config, sources: Iterable[Dataset]) -> int:
+    """Return how many steps a run of padded rows has: as asked for, or enough to see each row `epochs` times."""
+    t = config.train
+    return t.steps or math.ceil((t.epochs or 1) * sum(map(len, sources)) / t.batch_size)
