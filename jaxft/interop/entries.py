@@ -18,6 +18,7 @@ from ..methods.encoders import Virtual
 from ..methods.ia3 import InputScale, Scale
 from ..methods.low_rank import LowRank
 from ..methods.pissa import PiSSA
+from ..methods.temperature import Temperature
 from ..methods.tokens import TokenRows
 from ..models.names import LEAF_NAMES, Named, named_modules, variables
 from ..models.seams import SLOTS, Context, Copies
@@ -223,6 +224,11 @@ def _virtual(n: Named, virtual: Virtual, name: str) -> Tensors:
         yield f"{at}encoder.{path.removeprefix('encoder.')}", Entry(variable)
 
 
+def _temperature(n: Named, hung: Temperature, name: str) -> Tensors:
+    del n, name
+    yield "temperature.log_scale", Entry(hung.log_scale)
+
+
 # What hangs in a slot, by its type: (module, what hangs, adapter's name) -> its tensors.
 TENSORS: dict[type, Callable[[Named, Any, str], Tensors]] = {
     LowRank: _low_rank,
@@ -235,4 +241,5 @@ TENSORS: dict[type, Callable[[Named, Any, str], Tensors]] = {
     Scale: _scale,
     InputScale: _scale,
     Copies: _copies,
+    Temperature: _temperature,
 }
