@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON_NEWEST ?= $(shell for p in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python; do \
 	"$$p" -c 'import venv' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: quickstart test newest lint types parity clean
+.PHONY: quickstart test slow newest lint types parity clean
 
 quickstart: $(VENV)/installed-plain  ## LoRA on the embedded model: accuracy before and after, and a peft folder
 	rm -rf runs/quickstart
@@ -12,6 +12,9 @@ quickstart: $(VENV)/installed-plain  ## LoRA on the embedded model: accuracy bef
 
 test: $(VENV)/installed  ## the default tests: no torch, no network
 	$(VENV)/bin/python -m pytest -n auto
+
+slow: $(VENV)/installed  ## the dearest tests, which the default leaves out: runs killed and resumed, the README's commands
+	$(VENV)/bin/python -m pytest -n auto -m slow
 
 # What the newest releases can break, without the slow half: the sweep over the laws, whole runs, the README, data
 newest: $(VENV)-newest/installed  ## the quick half of the tests on Python 3.12 and the newest releases

@@ -1,12 +1,14 @@
 """`jaxft.load`: a folder, hub id or run folder in, a model and its tokenizer out."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from .data.pixels import ImageProcessor, read_processor
 from .errors import CheckpointError, RunError
-from .interop.folder import load_adapter
+from .interop.folder import load_adapter, read_labels
 from .methods.method import adapters, copy_tree, detach
 from .methods.switch import set_adapter
 from .models.base import Model
@@ -25,6 +27,7 @@ def load(
     mesh: Mesh | None = None,
     remat: str = "none",
     abstract: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> tuple[Model, Any]:
     """Load a model and its tokenizer.
 
@@ -36,9 +39,12 @@ def load(
         mesh: Split the parameters over a mesh of `jaxft.make_mesh`; each part goes to its device as it is read.
         remat: `"none"`, or `"full"`: recompute each layer in the backward pass, for memory.
         abstract: Shapes for arrays: no weights are read (nor needed), for reports and plans.
+        labels: Names of classes, one alone for a regression: the model with a classification head for them. The
+            checkpoint's own is kept if it is for these (or for as many without names), else it is new: every method
+            trains a new head. None: with a head if the checkpoint has one.
 
     Returns:
-        The model, and the tokenizer: None where the folder has none.
+        The model, and the tokenizer: None where the folder has none; of a vision model, its `ImageProcessor`.
 
     Raises:
         CheckpointError: The folder or its files are missing, damaged, of an unknown family, or do not fit each other;
@@ -53,10 +59,10 @@ def load(
     """
     run = RunFolder(path_or_hub_id)
     if run.started:
-        return load_run(run, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract)
+        return load_run(run, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract, labels=labels)
     folder = resolve(path_or_hub_id, weights=not abstract)
     tokenizer = load_tokenizer(folder)
-    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
+    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "abstract": abstract, "labels": labels}
     said = read_sentence_folder(folder)
     if said.adapter and said.fields:
         base = read_json(said.transformer / "adapter_config.json").get("base_model_name_or_path")
@@ -65,11 +71,22 @@ def load(
         model = load_adapter(load(base, **options)[0], said.transformer)
         return with_config(model, **said.fields), tokenizer
     model = load_model(folder, **options, source=str(path_or_hub_id))
-    return model, tokenizer
+    return model, (processor_of(model, folder) if "pixel_values" in model.inputs else tokenizer)
+
+
+def processor_of(model: Any, folder: Path) -> ImageProcessor:
+    """Return what makes a vision model's `pixel_values` of pictures, as its folder says."""
+    return read_processor(folder, size=model.config.image_size, channels=model.config.num_channels)
 
 
 def load_run(
-    run: RunFolder, *, dtype: Any = None, mesh: Mesh | None = None, remat: str = "none", abstract: bool = False
+    run: RunFolder,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    remat: str = "none",
+    abstract: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> tuple[Model, Any]:
     """Return the model that a finished run has made, and its tokenizer. Arguments as of `load`.
 
@@ -81,18 +98,24 @@ def load_run(
     if not run.finished:
         raise RunError(f"{run.path}: the run has not finished, so there is no model yet; go on with --resume")
     if run.model.is_dir():
-        return load(run.model, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract)
+        model, tokenizer = load(run.model, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract, labels=labels)
+        return as_pooled(model, run), tokenizer
     if abstract:
         raise RunError(f"{run.path}: an adapter is read with its weights; give the base model for shapes alone")
     config = run.config()
     options: dict[str, Any] = {"dtype": dtype or config.model.dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
-    model, tokenizer = load(config.model.source, **options)
+    labels = read_labels(run.adapter) if labels is None else labels
+    model, tokenizer = load(config.model.source, **options, labels=labels)
     if config.method is None and adapters(model):  # it went on with the adapter that it found, which this one replaces
         model = detach(model, next(reversed(adapters(model))))
-    model = load_adapter(model, run.adapter, name=free_name(model))
-    if config.model.pooling is not None:
-        model = with_config(model, pooling=config.model.pooling)
+    model = load_adapter(as_pooled(model, run), run.adapter, name=free_name(model))
     return (set_adapter(model, dict.fromkeys(adapters(model), 1.0)) if adapters(model) else model), tokenizer
+
+
+def as_pooled(model: Any, run: RunFolder) -> Any:
+    """Return a model that pools as a run's config says, where it says so."""
+    pooling = run.config().model.pooling
+    return model if pooling is None else with_pooling(model, pooling)
 
 
 def with_pooling(model: Any, pooling: str) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,12 @@ from .train.lock import holder, locked
 if TYPE_CHECKING:  # its packages are for runs alone
     from .config import Config
 
-CONFIG, SUMMARY, LABELS = "config.yaml", "summary.json", "labels.json"
+CONFIG, SUMMARY = "config.yaml", "summary.json"
 
 
 class RunFolder:
     """A run's folder: `config.yaml`, `metrics.jsonl`, `samples.jsonl`, `checkpoints/`, `report/`, and at the end
-    `adapter/` or `model/` and `summary.json`; of a classification `labels.json` too.
+    `adapter/` or `model/` and `summary.json`.
 
     Args:
         path: Where it is, or will be.
@@ -95,13 +95,11 @@ class RunFolder:
         if other is not None:
             raise RunError(f"{self.path}: {other} is at this run; wait for its end, or give another `output`")
 
-    def begin(self, config: "Config", fingerprints: Mapping[str, Any], labels: Sequence[str] = ()) -> None:
-        """Write the config, the names of the classes, and the fingerprints of what the run begins with."""
+    def begin(self, config: "Config", fingerprints: Mapping[str, Any]) -> None:
+        """Write the config, and the fingerprints of what the run begins with."""
         from .config import dump_config
 
         write_whole(self.path / CONFIG, dump_config(config))
-        if labels:
-            write_whole(self.path / LABELS, json.dumps(list(labels), indent=2, ensure_ascii=False) + "\n")
         write_whole(self.fingerprints, json.dumps(fingerprints, indent=2, ensure_ascii=False) + "\n")
 
     def config(self) -> "Config":
@@ -109,11 +107,6 @@ class RunFolder:
         from .config import load_config
 
         return load_config(self.path / CONFIG)
-
-    def labels(self) -> tuple[str, ...]:
-        """Return the classes that the run's head names, in their order; () where it has none."""
-        file = self.path / LABELS
-        return tuple(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else ()
 
     def records(self, file: Path, *, up_to: int | None = None) -> list[dict[str, Any]]:
         """Return what was logged in a file of one object a line, up to a step."""

@@ -117,6 +117,7 @@ def test_side_by_side(place, run, here):
     assert (place / "side" / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_runs_are_ordinary_and_not_done_again(place, run, here):
     """Each is what `jaxft train` of its written config makes; a longer list adds to what is there."""
     run("compare", "c.yaml", "--methods", "full,lora,both")
@@ -255,6 +256,7 @@ def test_a_loss_that_is_not_finite(place, run, here, monkeypatch):
     assert len(draw_methods(found).axes[2].lines) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(place, run, here, monkeypatch):
     """What has been trained is left, what has begun goes on from its checkpoint, to the same bits."""
     copied(place, run, here, "cut")
@@ -276,6 +278,7 @@ def test_an_interrupted_comparison_goes_on(place, run, here, monkeypatch):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_processes_of_their_own_and_a_stop(place):
     """Asked to stop, the comparison lets the run save its steps; the same command goes on, and a kill is told."""
     command = [sys.executable, "-m", "jaxft.cli", "compare", "c.yaml", "--methods", "lora", "--output", "real"]

@@ -9,15 +9,16 @@ from pydantic_core import PydanticCustomError
 from ..errors import ConfigError
 from ..methods import METHODS, Method
 
-FORMATS = {  # what each task reads
-    "sft": ("instruction", "prompt_completion", "messages", "text"),
+SftFormat = Literal["instruction", "prompt_completion", "messages", "text"]
+Format = Literal[SftFormat, "pairs", "triplets", "labelled", "scored_pairs", "images", "regions"]
+ContrastiveKind = Literal[
+    "info_nce", "nt_xent", "supervised_contrastive", "triplet", "cosent", "cosine_regression", "pairwise_contrastive"
+]
+FORMATS: dict[str, tuple[str, ...]] = {  # what each task reads
+    "sft": get_args(SftFormat),
     "classify": ("labelled", "images"),
     "contrastive": ("pairs", "triplets", "labelled", "scored_pairs", "images", "regions"),
 }
-Format = Literal[
-    *("instruction", "prompt_completion", "messages", "text"),
-    *("pairs", "triplets", "labelled", "scored_pairs", "images", "regions"),
-]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -215,13 +216,7 @@ class Contrastive(Section):
     `chunk`: rows that are in memory at once, of a batch that would not fit (gradient caching).
     """
 
-    loss: (
-        Literal[
-            *("info_nce", "supervised_contrastive", "triplet", "pairwise_contrastive"),
-            *("cosent", "cosine_regression", "nt_xent"),
-        ]
-        | None
-    ) = None
+    loss: ContrastiveKind | None = None
     temperature: Positive = 0.05
     learn_temperature: bool = False
     symmetric: bool = False

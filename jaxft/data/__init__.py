@@ -2,7 +2,7 @@
 
 from .augment import Augmentation, augment, two_views
 from .batches import GroupedBatches, TrainBatches, collate, eval_batches
-from .columns import Reading, Texts, load_columns
+from .columns import Reading, Texts, collate_texts, load_columns
 from .formats import FORMATS, prompt_and_completion
 from .images import ImageDataset, load_images
 from .packing import PackedBatches, pack
@@ -29,6 +29,7 @@ __all__ = [
     "TrainBatches",
     "augment",
     "collate",
+    "collate_texts",
     "eval_batches",
     "load_columns",
     "load_dataset",

@@ -61,6 +61,10 @@ class ImageProcessor:
         mean, std = (np.asarray(x, np.float32).reshape(1, -1, 1, 1) for x in (self.mean, self.std))
         return (images - mean) / std
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `preprocessor_config.json`, under the name that tokenizers have for it: `save_model` takes either."""
+        (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(self.to_json(), indent=2), encoding="utf-8")
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of a `preprocessor_config.json` that transformers reads."""
         return {

@@ -18,6 +18,7 @@ from ..methods.encoders import Virtual
 from ..methods.ia3 import InputScale, Scale
 from ..methods.low_rank import LowRank
 from ..methods.pissa import PiSSA
+from ..methods.temperature import Temperature
 from ..methods.tokens import TokenRows
 from ..models.names import LEAF_NAMES, Named, named_modules, variables
 from ..models.seams import SLOTS, Context, Copies
@@ -44,7 +45,7 @@ class Entry:
     def read(self) -> np.ndarray[Any, Any]:
         """Return the tensor as the file holds it, in float32."""
         value = np.asarray(self._place(self.variable.get_value()), np.float32)
-        return np.ascontiguousarray(np.swapaxes(value, -1, -2) if self.transposed else value)
+        return np.asarray(np.swapaxes(value, -1, -2) if self.transposed else value, order="C")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -223,6 +224,11 @@ def _virtual(n: Named, virtual: Virtual, name: str) -> Tensors:
         yield f"{at}encoder.{path.removeprefix('encoder.')}", Entry(variable)
 
 
+def _temperature(n: Named, hung: Temperature, name: str) -> Tensors:
+    del n, name
+    yield "temperature.log_scale", Entry(hung.log_scale, live=(None,))  # `(1,)` in a file
+
+
 # What hangs in a slot, by its type: (module, what hangs, adapter's name) -> its tensors.
 TENSORS: dict[type, Callable[[Named, Any, str], Tensors]] = {
     LowRank: _low_rank,
@@ -235,4 +241,5 @@ TENSORS: dict[type, Callable[[Named, Any, str], Tensors]] = {
     Scale: _scale,
     InputScale: _scale,
     Copies: _copies,
+    Temperature: _temperature,
 }

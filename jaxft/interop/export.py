@@ -12,7 +12,7 @@ from ..errors import MethodError, refuse
 from ..methods.method import adapters
 from ..models.base import Model
 from ..models.hub import abstract_model
-from ..models.names import LEAF_NAMES, Named, parameters
+from ..models.names import LEAF_NAMES, Named, parameters, renamed
 from ..models.tensors import replacing, write_tensors
 
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -25,7 +25,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
     Args:
         model: A model without adapters (`jaxft.merge` folds them in), `state.model` after `Full` say.
         folder: Where to; made if it is not there. Its files are replaced together.
-        tokenizer: Written beside it, if given.
+        tokenizer: Written beside it, if given; of a vision model, its `ImageProcessor`.
         shard_bytes: Size of a file at most, where one tensor is not larger by itself.
 
     Returns:
@@ -52,6 +52,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
     }
     _refuse_unreadable(model, set(places))
     itemsize = np.dtype(model.dtype).itemsize
+    places = {renamed(name, model.written): place for name, place in places.items()}
     sizes = {name: int(np.prod(_shape(*place))) * itemsize for name, place in places.items()}
     shards = _shards(sizes, shard_bytes)
     with replacing(Path(folder)) as scratch:
@@ -123,5 +124,19 @@ def _config(model: Model) -> dict[str, Any]:
         "architectures": [type(model).__name__],
         "model_type": model.model_type,
         "dtype": np.dtype(model.dtype).name,
+        **class_keys(model.config.labels),
         **model.config_keys(),
     }
+
+
+def class_keys(labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return the keys of `config.json` that name the classes of a head: one alone is a regression's.
+
+    >>> class_keys(("bad", "good"))["label2id"]
+    {'bad': 0, 'good': 1}
+    """
+    if not labels:
+        return {}
+    kind = "regression" if len(labels) == 1 else "single_label_classification"
+    named = {str(i): label for i, label in enumerate(labels)}
+    return {"id2label": named, "label2id": {label: int(i) for i, label in named.items()}, "problem_type": kind}

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import CheckpointError, MethodError, refuse
-from ..methods import METHODS, Adapter, Full, Method
-from ..methods.method import adapters, attach, copy_tree, parts_of
+from ..methods import PARTS, Adapter, Full, Method
+from ..methods.heads import copied_heads, copy_heads, drop_heads, trained
+from ..methods.method import adapters, attach, copy_tree, parts_of, register
 from ..methods.partition import attached
 from ..methods.switch import all_off, set_adapter
 from ..models.layers import Embed
@@ -20,9 +21,10 @@ from ..models.placement import place
 from ..models.tensors import Tensors, read_json, replacing, write_tensors
 from . import adapters as library
 from .entries import PREFIX, Entry, entries, fill_entries
-from .peft import FORMATS, common, config_of, method_of
+from .peft import FORMATS, common, config_of, heads_of, key_of, method_of, without_heads
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LABELS = "labels.json"  # beside the copy of a head: the names of its classes, which peft does not look at
 CONVERT = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
 
 
@@ -56,21 +58,23 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     model, name, method = chosen(model_or_state, name)
     if any(isinstance(part, Full) for part in parts_of(method)):
         raise MethodError("Full trains the whole model, so there is no adapter: write it with jaxft.save_model")
-    weights, form = WEIGHTS, form_of(method, model)
+    weights, form, heads = WEIGHTS, form_of(method, model), copied_heads(model, name)
     if isinstance(method, Adapter) and form == "adapters":
         weights, config = library.WEIGHTS, library.config_of(method, model, name)
     elif form == "peft":
         lacking = own_config(method, model) if FORMATS[type(method)].lacks(method) else {}
-        config = {**lacking, **config_of(method, model)}
+        config = {**lacking, **config_of(method, model, heads)}
     else:
-        config = own_config(method, model)
-    places = entries(model, name, lambda path, v: method.trains(path, v, name))
-    if weights == library.WEIGHTS:
-        places = library.renamed(places, name)
+        config = {**own_config(method, model), **({"modules_to_save": list(heads)} if heads else {})}
+    flags = trained(model, method, name)
+    places = entries(model, name, lambda path, _: flags[path])
+    places = library.renamed(places, name) if weights == library.WEIGHTS else renamed(places, config)
     with replacing(Path(folder)) as scratch:
         write_tensors(scratch / weights, {key: entry.read() for key, entry in places.items()})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for old in {WEIGHTS, library.WEIGHTS} - {weights}:
+        if heads:
+            (scratch / LABELS).write_text(json.dumps({"labels": model.config.labels}) + "\n", encoding="utf-8")
+    for old in {WEIGHTS, library.WEIGHTS, LABELS} - {weights, LABELS if heads else weights}:
         (Path(folder) / old).unlink(missing_ok=True)  # of an earlier adapter, which the new config does not describe
     return Path(folder)
 
@@ -136,10 +140,16 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
     config = read_json(folder / CONFIG)
     where = str(folder / CONFIG)
     theirs = library.is_folder(config)
+    if config.get("task_type") == "SEQ_CLS" and getattr(model, "task_type", "SEQ_CLS") != "SEQ_CLS":
+        raise CheckpointError(
+            f"{where}: the adapter of a classifier, and this {type(model).__name__} has no head: load its base with "
+            "jaxft.load(..., labels=...)"
+        )
     if theirs:
         method: Method = library.method_of(config, model, where)
     else:
-        method = (own_method(config, where) if "jaxft_method" in config else method_of(config, where)).loaded()
+        plain = without_heads(config, model)
+        method = (own_method(config, where) if "jaxft_method" in config else method_of(plain, where)).loaded()
     if name in adapters(model):
         raise MethodError(f"the model already has an adapter {name!r}: give another name, or jaxft.detach it first")
     attach(model, Method(), name=name)  # nothing: what is wrong with the model or the name is not the folder's mistake
@@ -148,13 +158,22 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         fresh = copy_tree(attached(all_off(model), method, name=name))
     except MethodError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    places = entries(fresh, name, lambda path, v: method.trains(path, v, name))
+    if heads_of(config, model):
+        copy_heads(fresh, method, name, heads_of(config, model))
+    else:
+        drop_heads(fresh, name)  # it was trained on a model without one
+    if name not in adapters(fresh):
+        register(fresh, name, method)
+    flags = trained(fresh, method, name)
+    places = entries(fresh, name, lambda path, _: flags[path])
     weights, convert = (library.WEIGHTS, library.CONVERT) if theirs else (WEIGHTS, CONVERT)
     with Tensors(folder, weights, convert) as tensors:
         if theirs:
             places = library.renamed(places, config["name"])
             library.check_names(tensors, config["name"], where)
             library.check_head(folder, fresh)
+        else:
+            places = renamed(places, config)
         places = _bare(places, tensors, getattr(fresh, "prefix", ""))
         check_tensors(tensors, places, fresh, folder / weights)
         fill_entries(places, tensors.read)
@@ -164,6 +183,18 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
     old = model.adapter_weights.get_value() if adapters(model) else jnp.zeros(0)
     mine = jnp.full((*old.shape[:-1], 1), 0.0 if bool((old != 0).any()) else 1.0)
     return set_adapter(fresh, jnp.concatenate([old, mine], -1))
+
+
+def renamed(places: dict[str, Entry], config: dict[str, Any]) -> dict[str, Entry]:
+    """Return the entries by the names that they have in a folder of this config."""
+    return {key_of(key, config): entry for key, entry in places.items()}
+
+
+def read_labels(folder: Path) -> tuple[str, ...] | None:
+    """Return the names of the classes of the head that an adapter's folder has a copy of; None where it says none."""
+    if not (folder / LABELS).is_file():
+        return None
+    return tuple(map(str, read_json(folder / LABELS).get("labels") or ())) or None
 
 
 def _bare(places: dict[str, Entry], tensors: Tensors, prefix: str) -> dict[str, Entry]:
@@ -201,10 +232,10 @@ def check_tensors(tensors: Tensors, places: dict[str, Entry], model: Any, file: 
 
 def _repeated(key: str, model: Any) -> Any:
     """Return the base's own table, if a tensor is only peft's copy of it beside an adapted embedding or head."""
-    if not key.endswith(".base_layer.weight") or not hasattr(model, "tied_kernel"):
+    if not key.endswith(".base_layer.weight"):
         return None
     module = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
-    if module == "lm_head":
+    if module == "lm_head" and hasattr(model, "tied_kernel"):
         kernel = model.tied_kernel() if model.lm_head.kernel is None else model.lm_head.kernel.get_value()
         return kernel.T
     tables = [n.module for n in named_modules(model) if n.path == module and isinstance(n.module, Embed)]
@@ -217,7 +248,7 @@ def _same(tensors: Tensors, key: str, base: Any) -> bool:
 
 def own_config(method: Method, model: Any) -> dict[str, Any]:
     """Return the `adapter_config.json` of a method that peft does not know."""
-    names = {cls: key for key, cls in METHODS.items()}
+    names = {cls: key for key, cls in PARTS.items()}
     unnamed = [type(part).__name__ for part in parts_of(method) if type(part) not in names]
     if unnamed:
         raise MethodError(f"{', '.join(unnamed)} has no entry in jaxft.methods.METHODS, so no folder can name it")
@@ -234,7 +265,7 @@ def own_method(config: dict[str, Any], where: str) -> Method:
     for part in parts:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in part.items() if k != "name"}
         try:
-            made.append(METHODS[part["name"]](**options))
+            made.append(PARTS[part["name"]](**options))
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{where}: no method of jaxft is made by {part!r} ({error})") from None
         except MethodError as error:

@@ -52,6 +52,8 @@ FORMATS: dict[type[Method], Format] = {
         "IA3", ("target_modules", "feedforward_modules"), peft_ia3.READ, peft_ia3.config_of, peft_ia3.method_of
     ),
 }
+VIRTUAL = tuple({form.kind for form in FORMATS.values() if "num_virtual_tokens" in form.needs})
+AUTOMATIC = ("classifier", "score")  # what peft copies of every classifier
 NEUTRAL = {  # say nothing about what the tensors compute
     "auto_mapping",
     "base_model_name_or_path",
@@ -67,10 +69,48 @@ NEUTRAL = {  # say nothing about what the tensors compute
 }
 
 
-def config_of(method: Method, model: Any) -> dict[str, Any]:
-    """Return the `adapter_config.json` that says in peft's words what the method adapts in this model."""
+def config_of(method: Method, model: Any, heads: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the `adapter_config.json` that says in peft's words what the method adapts in this model.
+
+    Args:
+        method: The method.
+        model: The model.
+        heads: Paths of the heads that the adapter has copies of.
+    """
     form = FORMATS[type(method)]
-    return {**common(form.kind, model), **form.config_of(method, model)}
+    config = {**common(form.kind, model), **form.config_of(method, model)}
+    if heads:
+        ends = (*AUTOMATIC, *(path.rsplit(".", 1)[-1] for path in heads), *(config.get("modules_to_save") or ()))
+        config["modules_to_save"] = list(dict.fromkeys(ends))
+    return config
+
+
+def heads_of(config: Mapping[str, Any], model: Any) -> tuple[str, ...]:
+    """Return the paths of this model's heads that a folder has copies of."""
+    ends = config.get("modules_to_save") or ()
+    return tuple(path for path in getattr(model, "heads", ()) if any(is_end(end, path) for end in ends))
+
+
+def without_heads(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Return the config with `modules_to_save` as the method's own option: without this model's heads.
+
+    Of a classifier it is also without those that peft names whether a model has them or not.
+    """
+    passed = AUTOMATIC if config.get("task_type") == "SEQ_CLS" else ()
+    heads = heads_of(config, model)
+    ends = dict.fromkeys(config.get("modules_to_save") or ())
+    rest = [end for end in ends if end not in passed and not any(is_end(end, path) for path in heads)]
+    return {**config, "modules_to_save": rest}
+
+
+def is_end(end: str, path: str) -> bool:
+    """Tell whether a name is the end of a path, in whole parts."""
+    return f".{path}".endswith(f".{end}")
+
+
+def key_of(key: str, config: Mapping[str, Any]) -> str:
+    """Return what a tensor of a head is called in a folder: beside virtual tokens peft leaves `model` out."""
+    return key.replace("base_model.model.", "base_model.", 1) if config.get("peft_type") in VIRTUAL else key
 
 
 def common(kind: str, model: Any) -> dict[str, Any]:

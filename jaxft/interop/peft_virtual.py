@@ -10,6 +10,7 @@ from typing import Any
 from ..methods import PrefixTuning, PromptTuning, PTuning, PTuningV2
 
 COMMON = {
+    "modules_to_save",
     "num_attention_heads",
     "num_layers",
     "num_transformer_submodules",

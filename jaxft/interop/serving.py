@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MethodError, refuse
+from ..methods.heads import trained
 from ..methods.linear import is_linear
 from ..methods.low_rank import LowRank
 from ..methods.pissa import PiSSA
@@ -51,8 +52,9 @@ def save_serving(model_or_state: Any, folder: str | Path, *, name: str | None = 
     """
     model, name, method = chosen(model_or_state, name)
     modules, found = named_modules(model), dict[str, LowRank]()
-    trained = [f"{n.path}.{leaf}" for n, leaf, v in parameters(model) if method.trains(f"{n.path}.{leaf}", v, name)]
-    problems = [f"{path} of the base is trained" for path in trained]
+    flags = trained(model, method, name)
+    base = [f"{n.path}.{leaf}" for n, leaf, _ in parameters(model)]
+    problems = [f"{path} of the base is trained" for path in base if flags[path]]
     for n in modules:
         for slot in SLOTS:
             hung = (getattr(n.module, slot, None) or {}).get(name)

@@ -10,6 +10,7 @@ from .p_tuning import PTuning
 from .p_tuning_v2 import PTuningV2
 from .prefix_tuning import PrefixTuning
 from .prompt_tuning import PromptTuning
+from .temperature import LearnedTemperature
 
 METHODS: dict[str, type[Method]] = {
     "full": Full,
@@ -22,13 +23,16 @@ METHODS: dict[str, type[Method]] = {
     "p_tuning": PTuning,
     "p_tuning_v2": PTuningV2,
 }
+PARTS = {**METHODS, "learned_temperature": LearnedTemperature}  # what a folder can name: also what a task adds
 
 __all__ = [
     "IA3",
     "METHODS",
+    "PARTS",
     "Adapter",
     "BitFit",
     "Full",
+    "LearnedTemperature",
     "LoRA",
     "Method",
     "PTuning",

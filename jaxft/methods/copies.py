@@ -50,8 +50,13 @@ def copy_leaves(target: Target, leaves: tuple[str, ...], name: str, tied: Any = 
 
 
 def saves(name: str, modules_to_save: tuple[str, ...]) -> bool:
-    """Tell whether a module of this name is copied whole: by the end of its name, as in peft."""
-    return name.endswith(modules_to_save) if modules_to_save else False
+    """Tell whether a module of this name is copied whole: by the end of its name, or of one that it is part of.
+
+    >>> saves("classifier.dense", ("classifier",)), saves("bert.encoder.layer.0.output.dense", ("classifier",))
+    (True, False)
+    """
+    parts = name.split(".")
+    return bool(modules_to_save) and any(".".join(parts[: i + 1]).endswith(modules_to_save) for i in range(len(parts)))
 
 
 def copy_modules(model: Any, modules_to_save: tuple[str, ...], name: str) -> None:
@@ -62,7 +67,7 @@ def copy_modules(model: Any, modules_to_save: tuple[str, ...], name: str) -> Non
     """
     found = find(model, lambda n: saves(n, modules_to_save), has_leaves)
     for end in modules_to_save:
-        if not any(n.endswith(end) for target in found for n in target.names):
+        if not any(saves(n, (end,)) for target in found for n in target.names):
             check_names(model, "modules_to_save", (end,), has_leaves, "module with parameters")
     for target in found:
         copy_leaves(target, LEAVES, name, tied=getattr(model, "tied_kernel", None))

@@ -43,9 +43,10 @@ def logical_axes(module: Any) -> tuple[Any, Any]:
 
 
 def all_linear(model: Any, named: Iterable[Named]) -> list[Named]:
-    """Return the linear layers, the output head apart: what peft calls "all-linear"."""
-    head = getattr(model, "lm_head", None)
-    return [n for n in named if is_linear(n.module) and n.module is not head]
+    """Return the linear layers, the heads on the backbone apart: what peft calls "all-linear"."""
+    inside = f"{getattr(model, 'prefix', '')}."
+    heads = [f"{path}." for path in ("lm_head", *getattr(model, "heads", ())) if not path.startswith(inside)]
+    return [n for n in named if is_linear(n.module) and not f"{n.path}.".startswith(tuple(heads))]
 
 
 def passes_context(module: Any) -> bool:

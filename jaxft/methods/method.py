@@ -12,6 +12,7 @@ from ..models.base import Model
 from ..models.names import variables
 from ..models.placement import place
 from ..models.seams import SLOTS, AdapterWeights, Delta
+from .heads import copy_heads
 from .linear import unseam
 from .stacking import refuse_clashes
 
@@ -127,7 +128,9 @@ def copy_tree(model: Any) -> Any:
 def attach(model: Any, method: Method, *, name: str = "default", seed: int = 0) -> Any:
     """Return a new model with an adapter attached: it shares the base's arrays, and the given one stays as it is.
 
-    The new adapter counts 1, the others as before. A method that attaches nothing (full, BitFit) adds nothing.
+    The new adapter counts 1, the others as before. A method that attaches nothing (full, BitFit) adds nothing. Of a
+    head that is new (`jaxft.load(..., labels=...)`) the adapter gets a copy of its own, which is trained whatever the
+    method; `Full` trains the head itself.
 
     Args:
         model: A model of ours, or a person's own `nnx.Module` that has `nnx.Linear` layers.
@@ -158,6 +161,7 @@ def attach(model: Any, method: Method, *, name: str = "default", seed: int = 0) 
 
     def build(fresh: Any) -> Any:
         method.fill(fresh, name, jax.random.key(seed))
+        copy_heads(fresh, method, name)
         register(fresh, name, method)
         return fresh
 

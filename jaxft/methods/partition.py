@@ -13,7 +13,8 @@ from flax import nnx
 
 from ..errors import MethodError, PartitionError, SelectionError, nearest, refuse
 from ..models.names import LEAF_NAMES, dotted, is_variable, named_modules, variables
-from .method import Method, adapters, attach, detach
+from .heads import copied_heads, copy_heads, trained
+from .method import Method, adapters, attach, detach, register
 from .switch import all_off
 
 
@@ -44,6 +45,9 @@ def attached(model: Any, method: Method | None, *, name: str = "default", seed: 
 def _readopt(model: Any, method: Method, name: str) -> Any:
     """Attach afresh and keep the values that hang there, if they are of the same places, shapes and scales."""
     fresh = attach(all_off(detach(model, name)), method, name=name)
+    copy_heads(fresh, method, name, copied_heads(model, name))
+    if name not in adapters(fresh):
+        register(fresh, name, method)
     old, new = variables(model), variables(fresh)
     theirs = {path for path in (*old, *new) if f".{name}." in path}
     wrong = [f"{path} is only in one of the two" for path in sorted(theirs) if (path in old) != (path in new)]
@@ -86,7 +90,7 @@ def held_layers(model: Any, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _flags(model: Any, method: Method, name: str) -> dict[str, bool]:
-    flags = {path: method.trains(path, variable, name) for path, variable in variables(model).items()}
+    flags = trained(model, method, name)
     hidden = [p for p, on in flags.items() if on and ".saved." in p and flags.get(re.sub(r"\.saved\.\w+", "", p))]
     normed = [re.sub(r"\.delta\.\w+\.norm$", ".kernel", p) for p in flags if re.search(r"\.delta\.\w+\.norm$", p)]
     normed = [p if p in flags else _tied(model) for p in normed]  # a tied head's kernel is the table

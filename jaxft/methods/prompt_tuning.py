@@ -27,8 +27,8 @@ class PromptTuning(Method):
     Attributes:
         num_virtual_tokens: P.
         init: `"vocab"`, the vectors of words drawn from the model's vocabulary (peft's SAMPLE_VOCAB); `"random"`,
-            N(0, 1) as in peft, far from the scale of most models' words; or `"text"`, the words of a text, repeated
-            or cut to P tokens.
+            N(0, 1) as in peft, far from the scale of most models' words (of a model that reads pictures, the only
+            one); or `"text"`, the words of a text, repeated or cut to P tokens.
         init_text: The text.
         init_ids: Its token ids, instead of it.
         tokenizer_name_or_path: Folder of the tokenizer for `init_text`; None: the folder that the model came from.
@@ -65,7 +65,10 @@ class PromptTuning(Method):
         """Hang the vectors at the model."""
         check_seam(self, model, "prompt", self.num_virtual_tokens)
         c, p = model.config, self.num_virtual_tokens
-        if self.init == "random":
+        reads_words = "input_ids" in getattr(model, "inputs", ("input_ids",))
+        if self.init == "text" and not reads_words:
+            raise MethodError('PromptTuning: init="text" takes tokens, and this model reads none: init="random"')
+        if self.init == "random" or not reads_words:
             vectors = jax.random.normal(key, (p, c.hidden_size))
         else:
             drawn = jax.random.randint(key, (1, p), 0, c.vocab_size)

@@ -25,12 +25,13 @@ class Model(nnx.Module):
         stem: Name that the backbone has in a checkpoint with a head.
         heads: Names of modules that belong to a task: one that a checkpoint lacks is new.
         optional: Names of modules that are left out where a checkpoint lacks them.
-        renames: `(regular expression, replacement)` from names of tensors in old checkpoints to ours.
+        renames: `(regular expression, replacement)` from names of tensors in (old) checkpoints to ours.
+        written: The same from our names to those that a checkpoint is written with.
         disposable: Regular expression for names of tensors of a checkpoint that nothing here needs.
         inputs: Names of the arrays of a batch that `hidden` takes.
         default_targets: What LoRA adapts by default.
         default_ia3: What IA3 scales by default, and which of these at their input.
-        task_type: peft's name for what the model does.
+        task_type: peft's name for what the model does; None where it has none.
     """
 
     model_type: ClassVar[str]
@@ -43,8 +44,9 @@ class Model(nnx.Module):
     heads: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()
+    written: ClassVar[tuple[tuple[str, str], ...]] = ()
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "position_ids", "segment_ids")
-    task_type: ClassVar[str]
+    task_type: ClassVar[str | None]
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -96,9 +98,12 @@ class Model(nnx.Module):
         >>> jaxft.testing.tiny_bert().pooled(**batch).shape
         (2, 32)
         """
-        if inputs.get("segment_ids") is not None:
-            raise BatchError("pooled: a packed row holds several texts, and gives one vector: give each its own row")
+        refuse_packed(inputs)
         return _pooled(self, arrays(inputs), key)
+
+    def answer(self, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        """Return what the call returns, given the arrays of a batch: here the hidden states."""
+        return self.hidden(**inputs, key=key)
 
     def positions_left(self) -> int | None:
         """Return how many tokens a row may have beside the virtual ones that shift them; None: there is no table."""
@@ -110,12 +115,23 @@ class Model(nnx.Module):
         return {}
 
 
+def refuse_packed(inputs: Mapping[str, Any]) -> None:
+    """Refuse packed rows where a row has one answer."""
+    if inputs.get("segment_ids") is not None:
+        raise BatchError("a packed row holds several texts, and here a row gives one answer: give each its own row")
+
+
 def arrays(inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Return the inputs that are given, as arrays."""
     return {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
 
 
 @jax.jit
+def called(model: Model, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
+    """Return the model's answer; compiled once for a structure and shape, so that a script does not trace again."""
+    return model.answer(inputs, key)
+
+
+@jax.jit
 def _pooled(model: Model, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
-    """Compiled once for a structure and shape, so that a call from a script does not trace again."""
     return pool(model.hidden(**inputs, key=key), inputs.get("attention_mask"), model.config.pooling)

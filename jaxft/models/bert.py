@@ -11,15 +11,14 @@ from flax import nnx
 from ..errors import BatchError, CheckpointError
 from .attention import attend
 from .config import ModelConfig, activation, refuse_unsupported
-from .encoder import TextEncoder
+from .encoder import TextClassifier, TextEncoder
 from .layers import ACTIVATIONS, Embed, Join, LayerNorm, Linear, dropout
 from .seams import Context, number
 from .stack import run, stacked
 from .virtual import apart
 
-EMBEDDING, PROBABILITIES, ATTENTION, OUTPUT = map(
-    number, ("embeddings.dropout", "attention.self.dropout", "attention.output.dropout", "output.dropout")
-)
+SITES = ("embeddings", "attention.self", "attention.output", "output", "classifier")
+EMBEDDING, PROBABILITIES, ATTENTION, OUTPUT, CLASSIFIER = (number(f"{site}.dropout") for site in SITES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,7 +203,7 @@ class BertBackbone(nnx.Module):
         self.config: Any = config
         self.embeddings = BertEmbeddings(config, rngs=rngs)
         self.encoder = BertEncoder(config, rngs=rngs)
-        self.pooler = BertPooler(config, rngs=rngs) if pooler else nnx.data(None)
+        self.pooler: Any = BertPooler(config, rngs=rngs) if pooler else nnx.data(None)
 
     def input_embedding(self) -> Embed:
         """Return the table of words."""
@@ -240,8 +239,31 @@ class BertModel(TextEncoder, BertBackbone):
     default_ia3 = (("key", "value", "output.dense"), ("output.dense",))
     optional = ("pooler",)
     renames = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-    disposable = r"(\w+\.)?embeddings\.position_ids|cls\..*|lm_head\..*|classifier\..*"
+    disposable = r"(\w+\.)?embeddings\.position_ids|cls\..*|lm_head\..*"
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         TextEncoder.__init__(self, config)
         BertBackbone.__init__(self, config, rngs=rngs)
+
+
+class BertForSequenceClassification(TextClassifier):
+    """A BERT that classifies: `classifier(dropout(pooler(first token)))`."""
+
+    config: BertConfig
+    model_type = "bert"
+    prefix = stem = "bert"
+    config_class: ClassVar[type[ModelConfig]] = BertConfig
+    default_targets, default_ia3 = BertModel.default_targets, BertModel.default_ia3
+    heads = ("bert.pooler", "classifier")
+    renames, disposable = BertModel.renames, BertModel.disposable
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        super().__init__(config)
+        self.bert = BertBackbone(config, rngs=rngs)
+        features, classes = config.hidden_size, len(config.labels)
+        self.classifier = Linear(features, classes, axes=("embed", "labels"), use_bias=True, rngs=rngs)
+
+    def classify(self, first: jax.Array, ctx: Context) -> jax.Array:
+        """Map the hidden states of first tokens `[B, 1, D]` to logits `[B, 1, C]`."""
+        x = dropout(self.bert.pooler(first, ctx), self.config.classifier_dropout, ctx.key_for(CLASSIFIER))
+        return self.classifier(x, ctx)

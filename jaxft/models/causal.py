@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from ..parallel.rules import constrain
 from .attention import causal_mask, default_positions
@@ -13,16 +14,12 @@ from .cache import Cache
 from .virtual import begin, behind
 
 
-class CausalLM(Model):
-    """A language model that reads from left to right. A family sets `prefix`, its backbone under that name, `lm_head`.
+class Decoder(Model):
+    """A model that reads from left to right. A family sets `prefix`, and its backbone under that name.
 
     The backbone has `embed(ids, ctx) -> vectors`, is called as `backbone(vectors, ctx, cache) -> (hidden, cache)`, and
     has `input_embedding()`.
     """
-
-    task_type = "CAUSAL_LM"
-
-    lm_head: Any
 
     def hidden(
         self,
@@ -39,6 +36,25 @@ class CausalLM(Model):
         mask = causal_mask(input_ids.shape[1], attention_mask, segment_ids)
         ctx = behind(begin(self, len(input_ids), key), self.context(len(input_ids), key, mask=mask), position_ids)
         return self.backbone(self.backbone.embed(input_ids, ctx), ctx, None)[0]
+
+
+class CausalLM(Decoder):
+    """A language model that reads from left to right. A family sets `make_backbone` and `lm_head`."""
+
+    task_type = "CAUSAL_LM"
+
+    lm_head: Any
+
+    @classmethod
+    def make_backbone(cls, config: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """Return a fresh backbone."""
+        raise NotImplementedError(f"{cls.__name__} sets `make_backbone`")
+
+    @classmethod
+    def backbone_keys(cls, backbone: Any) -> dict[str, Any]:
+        """Return the keys of `config.json` that follow from which leaves a backbone has."""
+        del backbone
+        return {}
 
     def head(self, hidden: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Map `[B, T, D]` to logits `[B, T, V]`."""
@@ -78,7 +94,7 @@ class CausalLM(Model):
 
     def config_keys(self) -> dict[str, Any]:
         """Return the keys of `config.json` that follow from which leaves there are; merging can change them."""
-        return {"tie_word_embeddings": self.lm_head.kernel is None}
+        return {"tie_word_embeddings": self.lm_head.kernel is None, **self.backbone_keys(self.backbone)}
 
     def empty_cache(self, rows: int, room: int) -> Cache:
         """Return a cache for `rows` texts of up to `room` tokens, begun with what adapters put before them."""

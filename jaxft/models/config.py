@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -72,7 +73,7 @@ class ModelConfig:
         """Build the record from a parsed `config.json` (see the examples of the families)."""
         model_type = raw.get("model_type")
         try:
-            fields = {**cls.parse(raw), "stop_ids": token_ids(raw.get("eos_token_id"))}
+            fields = {**cls.parse(raw), "labels": class_names(raw), "stop_ids": token_ids(raw.get("eos_token_id"))}
         except KeyError as missing:
             raise CheckpointError(f"config.json of model_type {model_type!r} lacks the key {missing}") from None
         except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -81,7 +82,7 @@ class ModelConfig:
             raise CheckpointError(
                 f"config.json of model_type {model_type!r} has a value of a wrong kind: {error}"
             ) from None
-        config = cls(**fields, raw=json.dumps(raw), **more)
+        config = cls(**{**fields, **more}, raw=json.dumps(raw))
         config.check()
         return config
 
@@ -102,6 +103,23 @@ class ModelConfig:
             )
         if self.remat not in REMATS:
             raise CheckpointError(f"remat={self.remat!r}: choose one of {', '.join(map(repr, REMATS))}")
+
+
+def class_names(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the classes of a checkpoint with a classification head, () of another one.
+
+    >>> class_names({"architectures": ["BertForSequenceClassification"], "id2label": {"1": "good", "0": "bad"}})
+    ('bad', 'good')
+    """
+    if not any(re.search(r"For(Sequence|Image)Classification$", str(name)) for name in raw.get("architectures") or ()):
+        return ()
+    named = raw.get("id2label") or {i: unnamed(i) for i in range(raw.get("num_labels", 2))}
+    return tuple(str(name) for _, name in sorted((int(i), name) for i, name in named.items()))
+
+
+def unnamed(i: int) -> str:
+    """Return what transformers calls a class that has no name."""
+    return f"LABEL_{i}"
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

@@ -1,13 +1,13 @@
 """What encoders offer: hidden states of a sequence that is seen from both sides, with what adapters put before it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from ..errors import BatchError
 from .attention import default_positions, open_mask
-from .base import Model, arrays
+from .base import Model, arrays, called, refuse_packed
 from .seams import Context
 from .virtual import VIRTUAL, behind, prefixes, weights
 
@@ -23,14 +23,14 @@ class Encoder(Model):
     the true tokens. A virtual token of weight w counts as w equal ones.
     """
 
-    task_type = "FEATURE_EXTRACTION"
+    task_type: ClassVar[str | None] = "FEATURE_EXTRACTION"
 
     def read(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """Return what the backbone makes of embedded tokens `[B, T, D]`, its virtual ones among them: `[B, T, D]`."""
+        """Return what the backbone makes of embedded tokens `[B, T, D]`, virtual ones beside them: `[B, T, D]`."""
         return self.read_all(x, ctx)[:, : x.shape[1]]
 
     def read_all(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """Return the same with the P places of the virtual tokens at the end, `[B, T + P, D]`."""
+        """Return the same with the places of the P virtual tokens at the end: `[B, T + P, D]`."""
         rows = len(x)
         key = None if ctx.key is None else jax.random.fold_in(ctx.key, VIRTUAL)
         past = None if self.past is None else prefixes(self, ctx.replace(key=key), rows)
@@ -67,7 +67,11 @@ class TextEncoder(Encoder):
 
     inputs = ("input_ids", "attention_mask", "position_ids", "segment_ids", "token_type_ids")
 
-    def hidden(
+    def hidden(self, input_ids: jax.Array, *args: Any, key: jax.Array | None = None, **inputs: Any) -> jax.Array:
+        """Return the output of the last layer `[B, T, D]`, in the model's dtype. Arguments as in the call."""
+        return self.states(input_ids, *args, key=key, **inputs)[:, : input_ids.shape[1]]
+
+    def states(
         self,
         input_ids: jax.Array,
         attention_mask: jax.Array | None = None,
@@ -77,7 +81,7 @@ class TextEncoder(Encoder):
         *,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the output of the last layer `[B, T, D]`, in the model's dtype. Arguments as in the call."""
+        """Return the same with the places of the P virtual tokens of prompts at the end: `[B, T + P, D]`."""
         if position_ids is None:
             position_ids = default_positions(input_ids.shape, attention_mask, segment_ids)
         if self.prompt is not None and segment_ids is not None:
@@ -88,7 +92,7 @@ class TextEncoder(Encoder):
         mask = open_mask(input_ids.shape, attention_mask, segment_ids)
         places = {"positions": position_ids, "token_types": token_type_ids}
         ctx = self.context(len(input_ids), key, mask=mask, **places)
-        return self.read(self.backbone.embed(input_ids, ctx), ctx)
+        return self.read_all(self.backbone.embed(input_ids, ctx), ctx)
 
     def __call__(
         self,
@@ -115,14 +119,30 @@ class TextEncoder(Encoder):
             `[B, T, D]` in the model's dtype; a classifier's logits `[B, C]`.
         """
         given = (input_ids, attention_mask, position_ids, segment_ids, token_type_ids)
-        return _called(self, arrays(dict(zip(TextEncoder.inputs, given, strict=True))), key)
+        return called(self, arrays(dict(zip(TextEncoder.inputs, given, strict=True))), key)
+
+
+class TextClassifier(TextEncoder):
+    """An encoder with a classification head, which reads the first token of a row: a family sets `classify`.
+
+    Where prompts stand before the row that is the first virtual token, as in peft; padded left, the first real one.
+    """
+
+    task_type = "SEQ_CLS"
+
+    def classify(self, first: jax.Array, ctx: Context) -> jax.Array:
+        """Map the hidden states of first tokens `[B, 1, D]` to logits `[B, 1, C]`."""
+        raise NotImplementedError(f"{type(self).__name__} sets `classify`")
 
     def answer(self, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
-        """Return what the call returns: here the hidden states."""
-        return self.hidden(**inputs, key=key)
-
-
-@jax.jit
-def _called(model: TextEncoder, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
-    """Compiled once for a structure and shape, so that a call from a script does not trace again."""
-    return model.answer(inputs, key)
+        """Return logits `[B, C]`, in the model's dtype."""
+        refuse_packed(inputs)
+        states = self.states(**inputs, key=key)
+        ctx = self.context(len(states), key)
+        mask = inputs.get("attention_mask")
+        length = inputs["input_ids"].shape[1]
+        first = jnp.zeros(len(states), int) if mask is None else jnp.argmax(mask != 0, 1)
+        if self.prompt is not None:
+            there = weights(self.prompt, ctx)[:, 0] > 0
+            first = jnp.where(there.any(1), length + jnp.argmax(there, 1), first)
+        return self.classify(jnp.take_along_axis(states, first[:, None, None], 1), ctx)[:, 0]

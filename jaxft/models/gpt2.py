@@ -165,6 +165,11 @@ class GPT2LMHeadModel(CausalLM):
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
         super().__init__(config)
-        self.transformer = GPT2Model(config, rngs=rngs)
+        self.transformer = self.make_backbone(config, rngs)
         d, v, tied = config.hidden_size, config.vocab_size, config.tie_word_embeddings
         self.lm_head = Linear(d, v, axes=("embed", "vocab"), tied=tied, rngs=rngs)
+
+    @classmethod
+    def make_backbone(cls, config: Any, rngs: nnx.Rngs) -> GPT2Model:
+        """Return a fresh backbone."""
+        return GPT2Model(config, rngs=rngs)

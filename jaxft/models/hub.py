@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..errors import CheckpointError, refuse
-from . import FAMILIES
+from . import CLASSIFIERS, FAMILIES
 from .base import Model
-from .config import token_ids
-from .names import LEAF_NAMES, Named, parameters
+from .config import token_ids, unnamed
+from .layers import normal
+from .names import LEAF_NAMES, Named, parameters, renamed
 from .placement import place
+from .seams import number
 from .sentence_folder import read_sentence_folder
 from .tensors import Tensors, read_json
 
@@ -75,9 +77,18 @@ def read_shape(
     return family.config_class.from_raw(raw, dtype=dtype, remat=remat, mesh=mesh, source=source or str(file))
 
 
+def family_of(config: Any) -> type[Model]:
+    """Return the class of a config's model: with a classification head where there are labels."""
+    table = CLASSIFIERS if config.labels else FAMILIES
+    family = next((f for f in table.values() if f.config_class is type(config)), None)
+    if family is None:
+        raise CheckpointError(f"labels {list(config.labels)}: there is no classification head for this family")
+    return family
+
+
 def abstract_model(config: Any) -> Model:
     """Return the model of a config with shapes for arrays: no memory, no weights."""
-    family: Any = next(f for f in FAMILIES.values() if f.config_class is type(config))
+    family: Any = family_of(config)
     model = jax.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
     shaped = lambda s: jax.ShapeDtypeStruct(s.shape, config.dtype)  # noqa: E731
     return place(jax.tree.map(shaped, model))
@@ -85,14 +96,16 @@ def abstract_model(config: Any) -> Model:
 
 def fresh_model(config: Any, seed: int = 0) -> Any:
     """Return the model of a config with random parameters, in the config's dtype, on the config's mesh."""
-    family: Any = next(f for f in FAMILIES.values() if f.config_class is type(config))
+    family: Any = family_of(config)
     where = jax.tree.map(lambda s: s.sharding, abstract_model(config))
 
     @partial(jax.jit, out_shardings=where)
     def make() -> Any:
         return jax.tree.map(lambda x: x.astype(config.dtype), family(config, rngs=nnx.Rngs(seed)))
 
-    return make()
+    model = make()
+    mark_new(model, family.heads)
+    return model
 
 
 def load_model(
@@ -103,6 +116,7 @@ def load_model(
     remat: str = "none",
     abstract: bool = False,
     source: str = "",
+    labels: Sequence[str] | None = None,
 ) -> Model:
     """Read a checkpoint folder into its family's model. Arguments, result and errors as of `jaxft.load`."""
     at = read_sentence_folder(folder).transformer
@@ -111,12 +125,36 @@ def load_model(
             f"{folder} is an adapter: load its base model, then jaxft.load_adapter(model, {str(folder)!r})"
         )
     config = read_config(folder, dtype=dtype, remat=remat, mesh=mesh, source=source or str(folder))
+    kept = labels is None or same_classes(config.labels, labels)
+    if labels is not None:
+        config = config.replace(labels=checked_labels(labels))
     if abstract:
-        return abstract_model(config)
+        model = abstract_model(config)
+        mark_new(model, () if kept else tuple(path for path in model.heads if not path.startswith(f"{model.prefix}.")))
+        return model
     with Tensors(at) as tensors:
         model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
-        fill(model, tensors)
+        fill(model, tensors, keep_head=kept)
     return model
+
+
+def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """Return names of classes; refuse what are none, or are there twice."""
+    if isinstance(labels, str) or not labels or not all(isinstance(x, str) and x for x in labels):
+        raise CheckpointError(f"labels={labels!r}: give the names of the classes, one for a regression")
+    twice = sorted({x for x in labels if list(labels).count(x) > 1})
+    refuse(CheckpointError, "labels: each class has one name", [f"{x!r} is there twice" for x in twice])
+    return tuple(labels)
+
+
+def same_classes(there: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Tell whether a checkpoint's head is for the classes that are wanted, as far as it names them.
+
+    >>> same_classes(("LABEL_0", "LABEL_1"), ("bad", "good")), same_classes(("good", "bad"), ("bad", "good"))
+    (True, False)
+    """
+    nameless = all(name == unnamed(i) for i, name in enumerate(there))
+    return len(there) == len(wanted) and (nameless or tuple(there) == tuple(wanted))
 
 
 def config_dtype(raw: dict[str, Any]) -> Any:
@@ -135,15 +173,37 @@ def float_dtype(dtype: Any) -> Any:
     return parsed
 
 
-def fill(model: Model, tensors: Tensors) -> None:
-    """Put every tensor of a checkpoint into its place in an abstract model; refuse what does not fit, all at once."""
+def fill(model: Model, tensors: Tensors, keep_head: bool = True) -> None:
+    """Put every tensor of a checkpoint into its place in an abstract model; refuse what does not fit, all at once.
+
+    A head of which the checkpoint lacks a tensor, or has it for another number of classes, is made anew.
+
+    Args:
+        model: The model; its arrays become real.
+        tensors: The checkpoint.
+        keep_head: Whether a classification head that the checkpoint has is the one that is wanted.
+    """
     on_disk = disk_names(model, tensors)
     leave_out(model, on_disk)
-    wanted = {
+    everything = {
         f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable)
         for named, leaf, variable in parameters(model)
         for name in named.names
     }
+
+    def fits(name: str, spot: Any) -> bool:
+        return name in on_disk and tensors.shapes[on_disk[name]] == disk_shape(*spot)
+
+    new = tuple(
+        path
+        for path in model.heads
+        if not (keep_head or path.startswith(f"{model.prefix}."))
+        or not all(fits(name, spot) for name, spot in everything.items() if name.startswith(f"{path}."))
+    )
+    begin_heads(model, new)
+    dropped = tuple(f"{path}." for path in new)
+    on_disk = {name: disk for name, disk in on_disk.items() if not name.startswith(dropped)}
+    wanted = {name: spot for name, spot in everything.items() if not name.startswith(dropped)}
     head: Any = getattr(model, "lm_head", None)
     spare = {"lm_head.weight"} if getattr(head, "kernel", head) is None and head is not None else set()
     disposable = re.compile(model.disposable)
@@ -169,6 +229,8 @@ def fill(model: Model, tensors: Tensors) -> None:
         )
     poisoned = []
     for named, leaf, variable in parameters(model):
+        if variable.get_metadata("new", False):
+            continue
         sources = [on_disk[f"{name}.{LEAF_NAMES[leaf]}"] for name in named.names]
         variable.set_value(assemble(tensors, sources, variable))
         if not bool(_all_finite(variable.get_value())):
@@ -187,15 +249,31 @@ def disk_names(model: Model, tensors: Tensors) -> dict[str, str]:
     stem, found = f"{model.stem}.", {}
     bare = not any(name.startswith(stem) for name in tensors.shapes)  # a backbone saved without its head
     for disk in tensors.shapes:
-        name = disk
-        for pattern, ours in model.renames:
-            name = re.sub(pattern, ours, name)
+        name = renamed(disk, model.renames)
         if not model.prefix:
             name = name.removeprefix(stem)
         elif bare and not hasattr(model, name.split(".")[0]):
             name = f"{stem}{name}"
         found[name] = disk
     return found
+
+
+def begin_heads(model: Model, paths: Sequence[str]) -> None:
+    """Give new heads of an abstract model their first values: kernels from N(0, 0.02^2), biases zero."""
+    mark_new(model, paths)
+    for named, leaf, variable in parameters(model):
+        if variable.get_metadata("new", False):
+            there, rngs = variable.get_value(), nnx.Rngs(number(named.path))
+            value = normal(rngs, there.shape) if leaf == "kernel" else jnp.zeros(there.shape)
+            value = value.astype(there.dtype)
+            variable.set_value(value if there.sharding is None else jax.device_put(value, there.sharding))
+
+
+def mark_new(model: Model, paths: Sequence[str]) -> None:
+    """Mark the parameters of the modules under these paths as new: whatever the method, they are trained."""
+    for named, _, variable in parameters(model):
+        if any(f"{named.path}.".startswith(f"{path}.") for path in paths):
+            variable.set_metadata(new=True)
 
 
 def leave_out(model: Model, on_disk: Mapping[str, str]) -> None:

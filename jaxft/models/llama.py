@@ -186,12 +186,18 @@ class LlamaForCausalLM(CausalLM):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
-        self.model = self.backbone_class(config, self.layer, rngs=rngs)
+        self.model = self.make_backbone(config, rngs)
         d, v, tied = config.hidden_size, config.vocab_size, config.tie_word_embeddings
         self.lm_head = Linear(d, v, axes=("embed", "vocab"), tied=tied, rngs=rngs)
 
-    def config_keys(self) -> dict[str, Any]:
-        """Return the keys of `config.json` that follow from which leaves there are."""
-        layers = self.model.layers
+    @classmethod
+    def make_backbone(cls, config: Any, rngs: nnx.Rngs) -> LlamaModel:
+        """Return a fresh backbone of the family's layers."""
+        return cls.backbone_class(config, cls.layer, rngs=rngs)
+
+    @classmethod
+    def backbone_keys(cls, backbone: Any) -> dict[str, Any]:
+        """Return the keys of `config.json` that follow from which biases a backbone has."""
+        layers = backbone.layers
         biases = {"attention_bias": layers.self_attn.q_proj.bias, "mlp_bias": layers.mlp.up_proj.bias}
-        return {**super().config_keys(), **{key: biases[key] is not None for key in self.biases}}
+        return {key: biases[key] is not None for key in cls.biases}

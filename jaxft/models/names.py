@@ -5,6 +5,8 @@ A stacked module has one path and one name a layer: `model.layers.self_attn.q_pr
 """
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,7 +14,8 @@ from flax import nnx
 
 from .seams import SLOTS
 
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+LEAF_NAMES.update({leaf: leaf for leaf in ("bias", "cls_token", "position_embeddings")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,17 @@ def dotted(path: tuple[Any, ...]) -> str:
     """
     parts = [getattr(p, "name", getattr(p, "key", getattr(p, "idx", p))) for p in path]
     return ".".join(map(str, parts))
+
+
+def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    """Apply `(regular expression, replacement)` to a name, one after the other.
+
+    >>> renamed("layers.3.mlp.weight", [("^layers", "encoder.layer"), ("mlp", "dense")])
+    'encoder.layer.3.dense.weight'
+    """
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def is_variable(x: Any) -> bool:

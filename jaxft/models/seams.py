@@ -7,7 +7,7 @@ Modules of a model have empty slots, filled by `jaxft.methods` and keyed by the 
     join     {name: module}   where a part's output meets the residual stream: what the adapter adds there
     past     {name: module}   at the model: keys and values put before the sequence in every layer's attention
     prompt   {name: module}   at the model: vectors put before the embedded sequence
-    temperature  {name: leaf} at the model: the logarithm of a learned 1 / temperature, which losses read
+    temperature {name: module}  at the model: a contrastive loss's temperature, of which the model knows nothing
 
 The base's own leaves keep their paths and values whatever hangs in the slots.
 """

@@ -134,7 +134,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Write one safetensors file, marked as the PyTorch libraries expect."""
-    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    save_file({name: np.asarray(t, order="C") for name, t in tensors.items()}, file, metadata={"format": "pt"})
     mask = os.umask(0)
     os.umask(mask)
     file.chmod(0o666 & ~mask)  # safetensors leaves a file that only its owner can read

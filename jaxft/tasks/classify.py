@@ -13,13 +13,14 @@ from ..data import GroupedBatches, TrainBatches
 from ..data.batches import ahead, eval_batches
 from ..errors import ConfigError, DataError
 from ..losses import classification_loss, make_contrastive_loss
+from ..probes import accuracy, f1
 from ..run import RunFolder
-from ..similarity import accuracy, f1, pearson, spearman
+from ..similarity import pearson, spearman
 from ..train.evaluate import evaluate_loss
 from ..train.step import ModelLoss
 from .pictures import OfPictures
 from .task import Data, Task, steps_of
-from .texts import OfTexts, classes_in
+from .texts import OfTexts, check_scores_differ, classes_in
 
 SCORE = ("score",)  # the one output of a regression
 
@@ -104,6 +105,11 @@ class TextClassification(OfTexts, Classification):
         if len(names) < 2:
             raise DataError(f"all rows are of the class {names[0]!r}: two classes at least are needed")
         return self.read_texts(train=train, labels=names)
+
+    def check_evaluation(self, data: Data) -> None:
+        """Refuse held-out numbers that nothing can be correlated with."""
+        if self.regression:
+            check_scores_differ(data)
 
     def make_batches(self, data: Data) -> Any:
         """Return the batches, as of every classification."""

@@ -12,20 +12,21 @@ from ..config.schema import Contrastive
 from ..data import GroupedBatches, TrainBatches
 from ..data.columns import TEXTS
 from ..embedding import embed_rows
+from ..embedding_picture import draw_embeddings, draw_pairs
 from ..errors import ConfigError, DataError
 from ..losses import make_contrastive_loss
 from ..methods.temperature import LearnedTemperature
-from ..report import plot_embeddings
+from ..probes import knn_accuracy, linear_probe
 from ..run import RunFolder
-from ..similarity import knn_accuracy, linear_probe, mean_reciprocal_rank, pearson, recall_at_k, spearman
+from ..similarity import mean_reciprocal_rank, paired_cosine, pearson, recall_at_k, retrieval_ranks, spearman
 from ..train.evaluate import evaluate_loss
 from ..train.state import TrainState
 from ..train.step import ModelLoss
 from .start import load_state
 from .task import Data, Task, steps_of
-from .texts import OfTexts, classes_in
+from .texts import OfTexts, check_scores_differ, classes_in
 
-NEIGHBOURS, REFERENCES, PICTURED = 5, 4096, 2000
+NEIGHBOURS, REFERENCES, PICTURED, RECALLS = 5, 4096, 2000, (1, 5, 10)
 BEFORE, AFTER = "embedding-before.npy", "embedding-after.npy"
 
 
@@ -89,18 +90,23 @@ class ContrastiveTask(Task):
         """Keep the vectors of the first and the last evaluation, for the picture."""
         del data
         run.report.mkdir(parents=True, exist_ok=True)
-        np.save(run.report / (AFTER if step else BEFORE), made[:PICTURED])
+        np.save(run.report / (AFTER if step else BEFORE), made[..., :PICTURED, :])
 
     def draw(self, run: RunFolder, data: Data) -> None:
         """Draw the held-out vectors before and after."""
         before, after = (run.report / name for name in (BEFORE, AFTER))
-        if before.is_file() and after.is_file():
-            values = self.values(data)[:PICTURED]
-            picture, title = run.report / "embedding.png", str(run.path)
-            plot_embeddings(np.load(before), np.load(after), values, data.labels, picture, title=title)
+        if not (before.is_file() and after.is_file()):
+            return
+        then, now, values = np.load(before), np.load(after), self.values(data)[:PICTURED]
+        known = None if any(value is None for value in values) else values
+        if then.ndim == 3:
+            figure = draw_pairs(tuple(then), tuple(now), known, title=str(run.path))
+        else:
+            figure = draw_embeddings(then, now, known or [0] * len(values), data.labels, title=str(run.path))
+        figure.savefig(run.report / "embedding.png", dpi=120)
 
     def values(self, data: Data) -> list[Any]:
-        """Return the class or score of each held-out vector, None where there is none."""
+        """Return the class or score of each held-out row, None where there is none."""
         return [row.value for part in data.held_out for row in part.examples]
 
 
@@ -132,6 +138,11 @@ class TextContrast(OfTexts, ContrastiveTask):
         names = classes_in((*self.config.data.train, *(self.config.data.eval or ()))) if labelled else None
         return self.read_texts(train=train or labelled, labels=names)
 
+    def check_evaluation(self, data: Data) -> None:
+        """Refuse held-out scores that nothing can be correlated with."""
+        if self.form == "scored_pairs":
+            check_scores_differ(data)
+
     def make_batches(self, data: Data) -> TrainBatches:
         """Return the batches: random draws, so that any row may be a negative; of classes two and two rows of one."""
         t, steps = self.config.train, steps_of(self.config, data.train)
@@ -146,7 +157,7 @@ class TextContrast(OfTexts, ContrastiveTask):
         return GroupedBatches(data.train, **options)
 
     def evaluate(self, model: Any, data: Data, batch_size: int) -> tuple[dict[str, float], Any]:
-        """Return the loss and the figures of the format, and the vectors of the first column.
+        """Return the loss and the figures of the format, and the vectors `[N, D]`, of pairs `[2, N, D]`.
 
         Pairs and triplets: recall at 1, 5 and 10 and mean reciprocal rank of each anchor's positive among all positives
         and negatives. Scored pairs: Pearson and Spearman of cosine and score. Classes: accuracy by the nearest training
@@ -165,8 +176,9 @@ class TextContrast(OfTexts, ContrastiveTask):
             return {**figures, **by_class(vectors(known, "text"), classes(known), found, classes(rows))}, found
         columns = {name: vectors(rows, name) for name in rows[0].tokens}
         if self.form == "scored_pairs":
-            return {**figures, **of_scores(columns["sentence1"], columns["sentence2"], rows)}, columns["sentence1"]
-        return {**figures, **retrieval(columns, rows)}, columns["anchor"]
+            pairs = columns["sentence1"], columns["sentence2"]
+            return {**figures, **of_scores(*pairs, rows)}, np.stack(pairs)
+        return {**figures, **retrieval(columns, rows)}, np.stack([columns["anchor"], columns["positive"]])
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the widest batch, as shapes."""
@@ -192,8 +204,7 @@ def classes(rows: list[Any]) -> list[int]:
 
 def of_scores(left: Any, right: Any, rows: list[Any]) -> dict[str, float]:
     """Return how the cosines of pairs go with their scores."""
-    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    cosines, scores = (left * right).sum(1) / np.maximum(lengths, 1e-12), [row.value for row in rows]
+    cosines, scores = paired_cosine(left, right), [row.value for row in rows]
     return {"pearson": pearson(cosines, scores), "spearman": spearman(cosines, scores)}
 
 
@@ -203,5 +214,5 @@ def retrieval(columns: dict[str, Any], rows: list[Any]) -> dict[str, float]:
     texts, first = np.unique([row.same[name] for name in others for row in rows], return_index=True)
     pool = np.concatenate([columns[name] for name in others])[first]
     right = np.searchsorted(texts, [row.same["positive"] for row in rows])
-    found = {f"recall_at_{k}": recall_at_k(columns["anchor"], pool, right, k=k) for k in (1, 5, 10) if k <= len(pool)}
-    return {**found, "mrr": mean_reciprocal_rank(columns["anchor"], pool, right)}
+    ranks = retrieval_ranks(columns["anchor"], pool, right.tolist())
+    return {**{f"recall_at_{k}": recall_at_k(ranks, k) for k in RECALLS}, "mrr": mean_reciprocal_rank(ranks)}

@@ -12,7 +12,8 @@ from ..config import Source
 from ..data import Dataset, ImageDataset, ImageProcessor, load_images, read_processor
 from ..data.batches import Batch
 from ..data.tokens import IGNORED
-from .start import base_folder
+from ..errors import ConfigError
+from .start import base_folder, base_shape
 from .task import Data, Task
 
 
@@ -51,8 +52,16 @@ class OfPictures(Task):
     """A task on images."""
 
     def processor(self) -> ImageProcessor:
-        """Return how an image becomes what the model reads."""
-        return read_processor(base_folder(self.config))
+        """Return how an image becomes what the model reads.
+
+        Raises:
+            ConfigError: It reads none.
+        """
+        shape = base_shape(self.config)
+        if not hasattr(shape, "image_size"):
+            raise ConfigError("model: it reads texts, and these rows are images; a ViT reads images")
+        folder = "" if self.config.model.path is None else base_folder(self.config)
+        return read_processor(folder, size=shape.image_size, channels=shape.num_channels)
 
     def read_pictures(self, classes: Sequence[str] | None = None) -> Data:
         """Read all sources of images: the classes are those given, or those of the first."""

@@ -36,6 +36,11 @@ def base_folder(config: Config) -> Path:
     return at.model if at.started else resolve(at.path)
 
 
+def base_shape(config: Config) -> Any:
+    """Return what the `config.json` says of the model that everything begins with."""
+    return shape_of(config) if config.model.path is None else read_config(base_folder(config))
+
+
 def tokenizer_of(config: Config) -> Any:
     """Return the tokenizer that a config begins with.
 

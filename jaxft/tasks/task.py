@@ -77,6 +77,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def collate(self) -> Any:
+        """Return what makes a batch of rows."""
+        raise NotImplementedError
+
     def make_batches(self, data: Data) -> Any:
         """Return the batches of a run: they have a length, and `iterate(start)`.
 

@@ -12,9 +12,8 @@ from ..data import Dataset
 from ..data.batches import NARROWEST_TEXT, width_of
 from ..data.columns import Reading, collate_texts, label_values, load_columns
 from ..data.labels import as_label, classes_of
-from ..errors import BatchError, DataError
-from ..models.hub import read_config
-from .start import base_folder, tokenizer_of
+from ..errors import BatchError, ConfigError, DataError
+from .start import base_shape, tokenizer_of
 from .task import Data, Task
 
 
@@ -23,7 +22,9 @@ class OfTexts(Task):
 
     def length(self) -> int:
         """Return how long a text may be: by config, positions of the model, and sentence-transformers folder."""
-        shape = read_config(base_folder(self.config))
+        shape = base_shape(self.config)
+        if hasattr(shape, "image_size"):
+            raise ConfigError("model: it reads images, and these rows are texts")
         limits = [self.config.data.max_length, getattr(shape, "n_positions", None), shape.max_seq_length]
         return min(limit for limit in limits if limit is not None)
 
@@ -79,6 +80,17 @@ class OfTexts(Task):
                     f"{row.place}: it has {len(row)} tokens, but the model has {positions} positions beside its "
                     f"virtual tokens: set data.max_length to {positions}"
                 )
+
+
+def check_scores_differ(data: Data) -> None:
+    """Refuse held-out rows whose numbers are all the same: no correlation with them is defined.
+
+    Raises:
+        DataError: They are.
+    """
+    for part in data.held_out:
+        if len({row.value for row in part.examples}) < 2:
+            raise DataError(f"{part.name}: every row has the same number, so there is no correlation to measure")
 
 
 def classes_in(sources: Sequence[Source]) -> tuple[str, ...]:

@@ -141,7 +141,7 @@ class Job:
         if self.resume:
             self.say("no checkpoint has been written yet: the run begins at step 0")
             self.run.rewind(-1)
-        self.run.begin(self.config, self.fingerprints, self.task.head_labels(self.data))
+        self.run.begin(self.config, self.fingerprints)
         return self.state
 
     def _evaluate(self, state: TrainState, trackers: list[Any]) -> dict[str, float]:

@@ -4,11 +4,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..models import FAMILIES, BertModel
+from ..models import FAMILIES, BertModel, ViTModel
 from ..models.bert import BertConfig
 from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
 from ..models.hub import fresh_model
 from ..models.llama import LlamaConfig, LlamaForCausalLM
+from ..models.vit import ViTConfig
 
 LLAMA = {
     "model_type": "llama",
@@ -42,6 +43,15 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 4,
+}
 
 
 def tiny_llama(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> LlamaForCausalLM:
@@ -71,6 +81,16 @@ def tiny_bert(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, *
     (1, 3, 32)
     """
     config = BertConfig.from_raw({**BERT, **raw}, remat=remat, dtype=jnp.dtype(dtype))
+    return fresh_model(config, seed)
+
+
+def tiny_vit(*, seed: int = 0, remat: str = "none", dtype: Any = jnp.float32, **raw: Any) -> ViTModel:
+    """Return a random ViT of two layers, for RGB pictures of 8 by 8 pixels in 4 patches; keywords as in `tiny_llama`.
+
+    >>> tiny_vit(image_size=[8, 12]).config.grid
+    (2, 3)
+    """
+    config = ViTConfig.from_raw({**VIT, **raw}, remat=remat, dtype=jnp.dtype(dtype))
     return fresh_model(config, seed)
 
 

@@ -80,7 +80,8 @@ class TrainStep:
             raise MethodError("this model has shapes for arrays (abstract=True): load it whole to train it")
         vocabulary = getattr(getattr(state.frozen, "config", None), "vocab_size", None)
         mesh = mesh_of(state.frozen)
-        check_batch(batch, self.accumulate, vocabulary, batch_devices(mesh))
+        classes = len(getattr(getattr(state.frozen, "config", None), "labels", ()))
+        check_batch(batch, self.accumulate, vocabulary, batch_devices(mesh), classes if classes > 1 else None)
         if mesh is not None:
             batch = jax.device_put(dict(batch), rows_sharding(mesh))
         step, trainable, opt_state, metrics = self.program(state)(**self._arguments(state, batch))

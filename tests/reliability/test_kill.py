@@ -11,6 +11,7 @@ from jaxft.data import TrainBatches
 from jaxft.train.checkpoint import Checkpoints
 
 KILLS = 3
+pytestmark = pytest.mark.slow
 
 
 def test_killed_at_random_steps_and_inside_a_save(whole, place, child):

@@ -1,11 +1,15 @@
 """A run on a mesh: the figures of one device, its own bits when it goes on after a stop, and who uses what is said."""
 
+import contextlib
 import json
 
 import pytest
 from conftest import adapter, logged
 
 import jaxft
+from jaxft.config import load_config
+from jaxft.tasks.train import Job
+from jaxft.train.stop import Stopped
 
 MESH = [
     "mesh={data: 2, fsdp: 2, tensor: 2}",
@@ -33,8 +37,15 @@ class StopAt:
         return nullcontext()
 
 
-def test_a_mesh_gives_the_figures_of_one_device(job, place):
-    job("mesh", False, *MESH, *EVERY).train()
+@pytest.fixture(scope="module")
+def mesh(place):
+    """An unbroken run on a mesh."""
+    with contextlib.chdir(place):
+        Job(load_config("c.yaml", [*MESH, *EVERY, "output=mesh"]), say=lambda _: None).train()
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_figures_of_one_device(mesh, job, place):
     job("alone", False, *MESH[1:], *EVERY).train()
     split, alone = logged(place / "mesh"), logged(place / "alone")
     assert len(split) == len(alone) == 6
@@ -48,11 +59,8 @@ def test_a_mesh_gives_the_figures_of_one_device(job, place):
     )
 
 
-def test_it_goes_on_to_the_same_bits(job, place):
-    from jaxft.train.stop import Stopped
-
-    if not (place / "mesh/summary.json").is_file():
-        job("mesh", False, *MESH, *EVERY).train()
+@pytest.mark.slow
+def test_it_goes_on_to_the_same_bits(mesh, job, place):
     with pytest.raises(Stopped, match="after step [2-5],") as stopped:
         job("stopped", False, *MESH, *EVERY, stop=StopAt(4)).train()
     said = []
@@ -62,7 +70,8 @@ def test_it_goes_on_to_the_same_bits(job, place):
     assert logged(place / "stopped") == logged(place / "mesh")
 
 
-def test_another_mesh_is_another_config(job):
+@pytest.mark.slow
+def test_another_mesh_is_another_config(mesh, job):
     with pytest.raises(jaxft.RunError, match="mesh.fsdp: 2 then, 4 now"):
         job("mesh", True, "mesh={data: 1, fsdp: 4, tensor: 2}", *MESH[1:], *EVERY).train()
 

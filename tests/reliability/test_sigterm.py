@@ -14,15 +14,18 @@ from jaxft.train.stop import Stop, Stopped
 NEVER = ("--set", "train.save_every=null")  # what is saved is saved because of the signal
 
 
+@pytest.mark.slow
 def test_two_signals_and_another_writer(whole, place, child, run):
     """A process is asked to stop, and once more while it saves; before, another one wants to write there."""
     folder = place / "term"
     one = child("train", "c.yaml", "--output", "term", *NEVER)
     one.wait_until(lambda: len(logged(folder)) >= 3)
+    one.process.send_signal(signal.SIGSTOP)  # it may not end while the other one begins
     code, said = run("train", "c.yaml", "--output", "term", "--resume", *NEVER)
     assert code == 2
     assert f"term: process {one.process.pid} on {socket.gethostname()} is at this run" in said
     one.process.send_signal(signal.SIGTERM)
+    one.process.send_signal(signal.SIGCONT)
     one.wait_until(lambda: half_written(folder))
     one.process.send_signal(signal.SIGTERM)
     code, said = one.end()
@@ -37,7 +40,7 @@ def test_two_signals_and_another_writer(whole, place, child, run):
     assert logged(folder) == logged(whole)
 
 
-@pytest.mark.parametrize("at", [0, 8, 16])
+@pytest.mark.parametrize("at", [8, *(pytest.param(at, marks=pytest.mark.slow) for at in (0, 16))])
 def test_during_an_evaluation(whole, place, job, monkeypatch, at):
     """It is left at once, and made when the run goes on."""
     evaluate, calls = SupervisedTuning.evaluate, []
@@ -73,6 +76,7 @@ def test_while_it_is_loading(place, run, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_seconds_are_of_all_starts(place, job):
     class After(Stop):
         def __call__(self):

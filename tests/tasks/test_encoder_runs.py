@@ -68,7 +68,6 @@ def test_classes(place, train, run):
     assert {"eval_loss", "eval_accuracy", "eval_f1"} <= set(summary(place / "classes")["after"])
     assert "eval_f1" in out
     assert "expected 'cat'" in out
-    assert json.loads((place / "classes" / "labels.json").read_text()) == ["cat", "mat"]
     head = tensors(place / "classes")["base_model.model.classifier.weight"]
     assert head.shape == (2, 32)
     model, tokenizer = jaxft.load(place / "classes")

@@ -23,6 +23,7 @@ METHODS = {  # the method, and the forms that a run of it can be exported as
     "{name: ia3}": {"peft", "merged"},
     "{name: lora, r: 2, init: pissa, use_rslora: true}": {"peft", "serving", "merged"},
 }
+QUICK = ("{name: ia3}", "{name: adapter, kind: houlsby, reduction_factor: 4}")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def place(tmp_path_factory):
     return where
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_a_run_of_each(method, run, place):
     name = f"run{list(METHODS).index(method)}"
     code, _, err = run("train", "c.yaml", "--set", f"method={method}", "--output", name)

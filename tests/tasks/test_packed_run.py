@@ -57,6 +57,7 @@ def adapter(folder):
         return {name: t.read(name) for name in t.shapes}
 
 
+@pytest.mark.slow
 def test_a_packed_run_and_one_that_broke_off(place, monkeypatch, capsys):
     cli.train("c.yaml", output="whole")
     said = capsys.readouterr().out

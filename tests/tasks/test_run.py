@@ -199,6 +199,7 @@ def test_a_disk_that_is_full(run, place, monkeypatch):
     assert run("train", "c.yaml", "--output", "full", "--resume")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_run_over_a_run(done, run, place):
     """Without a method its adapter goes on training; with one it lies frozen beneath; both begin where it ended."""
     first = json.loads((done / "summary.json").read_text())["after"]
@@ -243,7 +244,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bitfit", "both"))])
 def test_other_methods(run, place, name):
     output = f"with_{name}"
     text = CONFIG.replace("{name: lora, r: 2, target_modules: all-linear, dropout: 0.1}", OTHERS[name])
@@ -354,6 +355,7 @@ def test_what_is_no_run(run, args):
     assert err.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_model_from_a_random_start(run, place):
     text = CONFIG.replace("path: base", "path: base, init: random").replace("steps: 6", "steps: 2")
     (place / "fresh.yaml").write_text(text)

@@ -9,6 +9,7 @@ import pytest
 import jaxft
 from jaxft.losses import next_token_loss
 from jaxft.testing import tiny_gpt2, tiny_llama, token_batch
+from jaxft.train.batch import check_batch
 
 BATCH = token_batch()
 SGD = optax.sgd(0.5)
@@ -253,6 +254,25 @@ BAD = {
     "strings": ({**BATCH, "text": np.array(["a", "b", "c"])}, "text is a ndarray"),
     "no labels": ({"input_ids": BATCH["input_ids"]}, "the batch lacks labels"),
     "untrained": ({**BATCH, "labels": np.full((3, 12), -100)}, "every label is -100"),
+    "a class": (
+        {"input_ids": BATCH["input_ids"], "labels": np.array([0, -1, 2])},
+        "labels hold -1; classes count from 0",
+    ),
+    "no class": (
+        {"input_ids": BATCH["input_ids"], "labels": np.full(3, -100)},
+        "every label is -100: no row is trained",
+    ),
+    "no number": ({"input_ids": BATCH["input_ids"], "labels": np.full(3, np.nan)}, "every label is NaN"),
+    "infinite": ({"input_ids": BATCH["input_ids"], "labels": np.array([1, np.inf, 0])}, "labels hold 1 infinite"),
+    "column": (
+        {"anchor_input_ids": BATCH["input_ids"], "anchor_attention_mask": np.ones((3, 5), int)},
+        r"one shape in a column, but anchor_input_ids is \(3, 12\), anchor_attention_mask is \(3, 5\)",
+    ),
+    "outside of a column": (
+        {"anchor_input_ids": BATCH["input_ids"], "positive_input_ids": np.full((3, 7), 64)},
+        "positive_input_ids holds 64 to 64; the model's tokens are 0 to 63",
+    ),
+    "image": ({"view1_pixel_values": np.ones((3, 8, 8))}, r"it must be \[rows, channels, height, width\]"),
     "first only": (
         {**BATCH, "labels": np.where(np.arange(12) == 0, 5, -100) * np.ones((3, 1), int)},
         "every label is -100",
@@ -280,6 +300,32 @@ def test_rows_that_do_not_divide():
 def test_an_optimiser_that_is_none(tx):
     with pytest.raises(jaxft.OptimizerError, match="is no optimiser: give an optax.GradientTransformation"):
         jaxft.TrainState.create(tiny_llama(), jaxft.LoRA(), tx)
+
+
+@pytest.mark.parametrize("labels", [np.array([0, 4, -100]), np.array([0.5, np.nan, -3.0]), None])
+def test_batches_of_whole_rows_and_of_columns(labels):
+    """Labels of rows, columns of other lengths, images, scores, group ids; junk where a column's own mask is zero."""
+    ids, mask = np.full((3, 7), 5), np.ones((3, 7), int)
+    ids[1, 4:], mask[1, 4:] = 10**6, 0
+    batch = {
+        "input_ids": BATCH["input_ids"],
+        "token_type_ids": np.zeros((3, 12), int),
+        "positive_input_ids": ids,
+        "positive_attention_mask": mask,
+        "positive_ids": np.array([7, 10**6, 9]),
+        "score": np.ones(3, np.float32),
+        "view1_pixel_values": np.ones((3, 1, 8, 8), np.float32),
+    }
+    batch |= {} if labels is None else {"labels": labels}
+    check_batch(batch, 3, 64, 1, 5)
+    if labels is not None and labels.dtype.kind == "i":
+        with pytest.raises(jaxft.BatchError, match="labels hold 4; the model's head has 4 classes, 0 to 3"):
+            check_batch(batch, 3, 64, 1, 4)
+
+
+def test_labels_of_rows_are_none_of_tokens(step):
+    with pytest.raises(jaxft.BatchError, match=r"needs labels for tokens \[B, T\]; these are \[3\]"):
+        step(state_of(), {"input_ids": BATCH["input_ids"], "labels": np.array([0, 1, 2])})
 
 
 def test_junk_ids_in_padding_are_no_fault(step):

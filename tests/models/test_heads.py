@@ -1,0 +1,198 @@
+"""Classification heads: where they come from, what they read, and that a new one trains whatever the method."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+import jaxft
+from jaxft.methods.method import Method
+from jaxft.models import CLASSIFIERS, FAMILIES
+from jaxft.testing import tiny_bert, tiny_gpt2, tiny_llama
+
+ROW = [5, 6, 7, 8, 9]
+PADDED = {
+    "input_ids": jnp.array([[*ROW, 9, 9], [9, 9, *ROW]]),
+    "attention_mask": jnp.array([[1] * 5 + [0] * 2, [0] * 2 + [1] * 5]),
+}
+MAKERS = {"bert": tiny_bert, "llama": tiny_llama, "gpt2": tiny_gpt2}
+LABELS = ("bad", "so so", "good")
+
+
+class NormsOnly(Method):
+    """A person's own, which knows nothing of heads."""
+
+    def trains(self, path, variable, name):
+        return path.endswith(".scale")
+
+
+METHODS = {
+    "lora": jaxft.LoRA(r=2),
+    "lora-saved": jaxft.LoRA(r=2, modules_to_save=("classifier",)),
+    "lora-biases": jaxft.LoRA(r=2, bias="all"),
+    "bitfit": jaxft.BitFit(),
+    "prefix": jaxft.PrefixTuning(num_virtual_tokens=2),
+    "prompt": jaxft.PromptTuning(num_virtual_tokens=2),
+    "own": NormsOnly(),
+    "union": jaxft.LoRA(r=2) | jaxft.BitFit(),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint without a classification head of each of three families."""
+    return {name: jaxft.save_model(make(), tmp_path_factory.mktemp(name)) for name, make in MAKERS.items()}
+
+
+@jax.jit
+def squared(model, batch, *, key):
+    """A model loss, of rows that are to give one-hot logits."""
+    logits = model(**{k: batch[k] for k in model.inputs if k in batch}, key=key)
+    return jnp.square(logits - jax.nn.one_hot(batch["targets"], logits.shape[-1])).sum(), logits.shape[0], {}
+
+
+def test_every_family_has_a_classifier():
+    assert CLASSIFIERS.keys() | {"vit"} == FAMILIES.keys() and len(CLASSIFIERS) >= 10
+    assert all(CLASSIFIERS[m].config_class is FAMILIES[m].config_class for m in CLASSIFIERS)
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_padded_left_and_right(family, folders):
+    """The last real token by the mask, the first likewise; a pad id that is a token's changes nothing."""
+    model, _ = jaxft.load(folders[family], labels=LABELS)
+    logits = model(**PADDED)
+    np.testing.assert_allclose(logits, jnp.tile(model([ROW]), (2, 1)), atol=1e-6)
+    assert logits.shape == (2, 3) and jnp.abs(logits).max() > 1e-3
+    with pytest.raises(jaxft.BatchError, match="a packed row holds several texts"):
+        model.answer({**PADDED, "segment_ids": PADDED["attention_mask"]}, None)
+
+
+def test_kept_or_new(folders, tmp_path):
+    """A head is kept where it is for the same classes, or for as many that have no names."""
+    first, _ = jaxft.load(folders["bert"], labels=LABELS)
+    folder = jaxft.save_model(first, tmp_path / "first")
+    raw = json.loads((folder / "config.json").read_text())
+    assert raw["id2label"] == {"0": "bad", "1": "so so", "2": "good"} and raw["label2id"]["good"] == 2
+    assert raw["problem_type"] == "single_label_classification"
+
+    def head(labels):
+        model, _ = jaxft.load(folder, labels=labels)
+        leaf = model.classifier.kernel
+        return (
+            leaf.get_value(),
+            leaf.get_metadata("new", False),
+            model.bert.pooler.dense.kernel.get_metadata("new", False),
+        )
+
+    for labels, new in ((None, False), (LABELS, False), (("a", "b", "c"), True), (("score",), True)):
+        kernel, is_new, pooler_is_new = head(labels)
+        assert (is_new, pooler_is_new) == (new, False)
+        assert kernel.shape[1] == len(labels or LABELS)
+    raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(3)}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert not head(("a", "b", "c"))[1]
+    one = jaxft.save_model(jaxft.load(folder, labels=("score",))[0], tmp_path / "one")
+    assert json.loads((one / "config.json").read_text())["problem_type"] == "regression"
+
+
+def test_a_pooler_that_a_checkpoint_lacks_is_new(folders, tmp_path):
+    plain, _ = jaxft.load(folders["bert"])
+    plain.pooler = None
+    model, _ = jaxft.load(jaxft.save_model(plain, tmp_path), labels=LABELS)
+    trained = jaxft.leaves(jaxft.partition(model, jaxft.LoRA(r=2))[0])
+    assert {p.split(".saved")[0] for p in trained if ".saved." in p} == {"classifier", "bert.pooler.dense"}
+    folder = jaxft.save_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), tmp_path / "adapter")
+    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == [
+        "classifier",
+        "score",
+        "pooler",
+    ]
+    again = jaxft.load_adapter(model, folder)
+    assert jnp.array_equal(again(**PADDED), model(**PADDED))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_new_head_trains_whatever_the_method(method, folders, tmp_path):
+    """Law 7: its copy learns, the base stays, the folder holds it, and merging puts it in."""
+    model, _ = jaxft.load(folders["bert"], labels=LABELS)
+    before = {path: np.array(v) for path, v in jaxft.leaves(model).items()}
+    state = jaxft.TrainState.create(model, METHODS[method], optax.sgd(0.1))
+    copies = {f"classifier.saved.default.{leaf}" for leaf in ("kernel", "bias")}
+    start = {path: np.array(v) for path, v in jaxft.leaves(state.trainable).items()}
+    assert copies <= start.keys() and not {"classifier.kernel", "classifier.bias"} & start.keys()
+    state, metrics = jaxft.make_train_step(squared)(state, {**PADDED, "targets": jnp.array([2, 0])})
+    assert float(metrics["loss"]) > 0
+    trained = jaxft.leaves(state.trainable)
+    assert all((trained[path] != start[path]).any() for path in copies)
+    assert all(np.array_equal(before[path], v) for path, v in jaxft.leaves(model).items())
+    off = jaxft.set_adapter(state.model, None)
+    if method not in ("bitfit", "union", "own"):
+        assert jnp.array_equal(off(**PADDED), model(**PADDED))
+    if method == "own":
+        return  # no folder can name it
+    folder = jaxft.save_adapter(state, tmp_path / "adapter")
+    again = jaxft.load_adapter(model, folder)
+    want = state.model(**PADDED)
+    assert jnp.array_equal(again(**PADDED), want)
+    again = jaxft.TrainState.create(again, METHODS[method], optax.sgd(0.1))
+    assert jaxft.leaves(again.trainable).keys() == trained.keys()
+    if method in ("prefix", "prompt"):
+        assert "base_model.classifier.weight" in load_file(folder / "adapter_model.safetensors")
+        return
+    merged = jaxft.merge(state.model)
+    np.testing.assert_allclose(merged(**PADDED), want, atol=1e-6)
+    kept, _ = jaxft.load(jaxft.save_model(merged, tmp_path / "merged"))
+    assert jnp.array_equal(kept(**PADDED), merged(**PADDED)) and kept.config.labels == LABELS
+    for whole in (merged, kept):
+        assert not any(".saved." in p for p in jaxft.leaves(jaxft.partition(whole, jaxft.LoRA(r=2))[0]))
+
+
+def test_full_trains_a_new_head_in_its_place(folders):
+    model, _ = jaxft.load(folders["llama"], labels=LABELS)
+    state = jaxft.TrainState.create(model, jaxft.Full(), optax.sgd(0.1))
+    trained = jaxft.leaves(state.trainable)
+    assert "score.kernel" in trained and not any(".saved." in path for path in trained)
+    assert jaxft.adapters(state.model) == {}
+
+
+def test_an_adapter_of_a_head_that_is_no_longer_new(folders, tmp_path):
+    """A folder with a copy of the head loads over a base whose head is kept, and goes on training it."""
+    new, _ = jaxft.load(folders["bert"], labels=LABELS)
+    adapted = jaxft.attach(new, jaxft.BitFit())
+    adapted.classifier.saved["default"].kernel.set_value(jnp.ones((32, 3)))
+    folder = jaxft.save_adapter(adapted, tmp_path / "adapter")
+    kept, _ = jaxft.load(jaxft.save_model(new, tmp_path / "kept"))
+    loaded = jaxft.load_adapter(kept, folder)
+    assert jnp.array_equal(loaded(**PADDED), adapted(**PADDED))
+    for method in (None, jaxft.BitFit()):
+        assert "classifier.saved.default.kernel" in jaxft.leaves(jaxft.partition(loaded, method)[0])
+    other = jaxft.attach(loaded, jaxft.LoRA(r=2), name="other")
+    assert not any(".saved.other." in path for path in jaxft.leaves(other))
+
+
+def test_what_is_refused(folders, tmp_path):
+    with pytest.raises(jaxft.CheckpointError, match="'a' is there twice"):
+        jaxft.load(folders["bert"], labels=("a", "a"))
+    with pytest.raises(jaxft.CheckpointError, match="give the names of the classes"):
+        jaxft.load(folders["bert"], labels=())
+    model, _ = jaxft.load(folders["bert"], labels=LABELS)
+    folder = jaxft.save_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), tmp_path)
+    with pytest.raises(jaxft.CheckpointError, match=r"the adapter of a classifier, .* labels=\.\.\."):
+        jaxft.load_adapter(jaxft.load(folders["bert"])[0], folder)
+    with pytest.raises(jaxft.CheckpointError, match=r"classifier\.weight is \(3, 32\) in the file, \(2, 32\) in this"):
+        jaxft.load_adapter(jaxft.load(folders["bert"], labels=("a", "b"))[0], folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["modules_to_save"].append("gate")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(jaxft.SelectionError, match="modules_to_save='gate' matches no module"):
+        jaxft.load_adapter(model, folder)
+
+
+def test_shapes_alone(folders):
+    model, _ = jaxft.load(folders["bert"], labels=LABELS, abstract=True)
+    report = jaxft.parameter_report(model, jaxft.LoRA(r=2))
+    assert report.modules["classifier"] == 99
