@@ -1,4 +1,4 @@
-"""The sentence-transformers side of the comparison: tiny random models in its folders, and the vectors that it makes."""
+"""The sentence-transformers side of the comparison: tiny random models in its folders, and the vectors it makes."""
 
 import json
 import os
@@ -17,8 +17,9 @@ SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "nu
 BERT = {**SHAPE, "vocab_size": 300, "max_position_embeddings": 32}
 LLAMA = {**BERT, "num_key_value_heads": 1}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 300}
-CONFIGS = {"bert": BERT, "llama": LLAMA, "gpt2": GPT2}
-LORA = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
+ROBERTA = {**BERT, "max_position_embeddings": 34, "pad_token_id": 1}
+CONFIGS = {"bert": BERT, "roberta": ROBERTA, "llama": LLAMA, "gpt2": GPT2}
+LORA = {"bert": ["query", "value"], "roberta": ["query", "value"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 
 
 def base(kind, folder):
