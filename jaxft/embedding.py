@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .data.columns import pad, padded_width
+from .data.batches import NARROWEST_TEXT
+from .data.columns import pad
 from .data.formats import text_of
 from .data.images import ImageDataset
 from .errors import DataError, refuse
@@ -30,7 +31,7 @@ def embed(
         model: Any model of ours; it pools as its `config.pooling` says (a sentence-transformers folder brings that).
         tokenizer: Its tokenizer.
         texts: The texts, none of them empty.
-        batch_size: Texts at a time, of those of 64 tokens and more; it changes nothing but speed.
+        batch_size: Texts at a time, of those of 32 tokens and more; it changes nothing but speed.
         max_length: Tokens of a text at most, the rest is cut off; None: what the model has positions for, or what its
             sentence-transformers folder says.
         normalize: Whether each vector gets length 1; None: as the folder says, else not.
@@ -56,27 +57,30 @@ def embed_rows(model: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = 
     """Return the pooled vectors `[N, D]` float32 of texts given as tokens, rows of like length together.
 
     The longest come first: every batch is full but for the last, of the shortest, and each width has one program.
-    `batch_size` is of rows of 64 tokens and more; of shorter ones as many stand together as make as many tokens.
     """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     limit, start = longest(model), 0
     out: list[tuple[list[int], Any]] = []
     while start < len(order):
-        width = padded_width(len(rows[order[start]]["input_ids"]), limit)
-        count = rows_of(width, batch_size, len(order) - start)
+        width, count = shape_of(len(rows[order[start]]["input_ids"]), batch_size, len(order) - start)
         picked = order[start : start + count]
-        out.append((picked, pooled(model, pad([rows[i] for i in picked], count, limit))))
+        out.append((picked, pooled(model, pad([rows[i] for i in picked], count, limit, width))))
         start += count
     return _gathered(out, len(rows))
 
 
-def rows_of(width: int, batch_size: int, left: int) -> int:
-    """Return the rows of a batch: as many tokens as `batch_size` rows of 64, and not twice what is left.
+def shape_of(length: int, batch_size: int, left: int) -> tuple[int, int]:
+    """Return width and rows of a batch whose longest text has `length` tokens.
 
-    >>> rows_of(16, 32, 1000), rows_of(16, 32, 5), rows_of(256, 32, 1000)
-    (128, 8, 32)
+    Four widths from a power of two to the next (a step has two, since each is compiled, and longer). Rows of fewer than
+    32 tokens stand as many together as make as many tokens; and never twice as many as are left.
+
+    >>> shape_of(14, 32, 1000), shape_of(14, 32, 5), shape_of(130, 32, 1000)
+    ((16, 64), (16, 8), (160, 32))
     """
-    return min(batch_size * max(1, 64 // width), 1 << (left - 1).bit_length())
+    step = max(4, (1 << (length - 1).bit_length()) // 8)
+    width = max(NARROWEST_TEXT, -(-length // step) * step)
+    return width, min(batch_size * max(1, 32 // width), 1 << (left - 1).bit_length())
 
 
 def embed_images(model: Any, images: Array | ImageDataset, batch_size: int = BATCH_SIZE) -> Array:

@@ -223,19 +223,16 @@ def collate_texts(examples: Sequence[Texts], *, rows: int | None = None, limit: 
     return batch
 
 
-def padded_width(length: int, limit: int | None = None) -> int:
-    """Return the width of a batch whose longest text has `length` tokens; as of `pad`."""
-    width = width_of(length, NARROWEST_TEXT)
-    return width if limit is None else max(length, min(width, limit))
-
-
-def pad(tokens: Sequence[Mapping[str, Any]], rows: int, limit: int | None = None) -> Batch:
-    """Pad texts to one width, 8, 12, 16, 24, ... tokens, and to `limit` at most where they are no longer themselves.
+def pad(tokens: Sequence[Mapping[str, Any]], rows: int, limit: int | None = None, width: int | None = None) -> Batch:
+    """Pad texts to one width, 8, 12, 16, 24, ... tokens, or that which is given, and to `limit` at most where they are
+    no longer themselves.
 
     >>> pad([{"input_ids": np.array([5, 6])}], 1)["attention_mask"].tolist()
     [[1, 1, 0, 0, 0, 0, 0, 0]]
     """
-    width = padded_width(max(len(t["input_ids"]) for t in tokens), limit)
+    longest = max(len(t["input_ids"]) for t in tokens)
+    width = width_of(longest, NARROWEST_TEXT) if width is None else width
+    width = width if limit is None else max(longest, min(width, limit))
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in tokens[0] else [])]
     batch = {name: np.zeros((rows, width), np.int32) for name in names}
     for i, text in enumerate(tokens):

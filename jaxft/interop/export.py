@@ -52,7 +52,8 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
     }
     _refuse_unreadable(model, set(places))
     itemsize = np.dtype(model.dtype).itemsize
-    places = {renamed(name, model.written): place for name, place in places.items()}
+    bare = ((rf"^{model.stem}\.", ""),) if getattr(model, "lm_head", model) is None else ()  # as it was read
+    places = {renamed(name, (*model.written, *bare)): place for name, place in places.items()}
     sizes = {name: int(np.prod(_shape(*place))) * itemsize for name, place in places.items()}
     shards = _shards(sizes, shard_bytes)
     with replacing(Path(folder)) as scratch:

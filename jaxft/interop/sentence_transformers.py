@@ -109,9 +109,8 @@ def _save_adapter(model: Any, folder: Path) -> None:
         raise MethodError(f"{outside[0]} is no tensor of the backbone, which is all that this folder holds: merge it")
     with replacing(folder) as scratch:
         write_tensors(scratch / WEIGHTS, {PREFIX + key.removeprefix(PREFIX + prefix): x for key, x in read.items()})
-        text = json.dumps(
-            {**config, **{key: _bare(config.get(key), prefix) for key in NAMING}}, indent=2, sort_keys=True
-        )
+        config |= {key: _bare(config[key], prefix) for key in NAMING if key in config}
+        text = json.dumps(config, indent=2, sort_keys=True)
         (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 

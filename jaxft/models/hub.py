@@ -187,6 +187,8 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True) -> None:
     """
     on_disk = disk_names(model, tensors)
     leave_out(model, on_disk)
+    if headless(model, tensors) and "lm_head.weight" not in on_disk and getattr(model, "lm_head", None) is not None:
+        model.lm_head = model.lm_head if model.lm_head.kernel is None else nnx.data(None)
     everything = {
         f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable)
         for named, leaf, variable in parameters(model)
@@ -250,7 +252,7 @@ def disk_names(model: Model, tensors: Tensors) -> dict[str, str]:
     with another head than the model has.
     """
     stem, found = f"{model.stem}.", {}
-    bare = not any(name.startswith(stem) for name in tensors.shapes)  # a backbone saved without its head
+    bare = headless(model, tensors)
     for disk in tensors.shapes:
         name = renamed(disk, model.renames)
         if not model.prefix:
@@ -259,6 +261,11 @@ def disk_names(model: Model, tensors: Tensors) -> dict[str, str]:
             name = f"{stem}{name}"
         found[name] = disk
     return found
+
+
+def headless(model: Model, tensors: Tensors) -> bool:
+    """Tell whether a checkpoint is a backbone that was saved by itself."""
+    return not any(name.startswith(f"{model.stem}.") for name in tensors.shapes)
 
 
 def begin_heads(model: Model, paths: Sequence[str]) -> None:

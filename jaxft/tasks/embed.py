@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data import ImageDataset, load_images, read_processor
+from ..data import load_images
 from ..data.formats import text_of
 from ..data.rows import BadRow, Row, read_rows
 from ..data.source import renamed
@@ -17,9 +17,6 @@ from ..interop.folder import load_adapter
 from ..loading import load
 from ..methods.method import adapters
 from ..methods.switch import set_adapter
-from ..models.hub import resolve
-from ..run import RunFolder
-from .start import base_folder
 
 
 def embed_file(
@@ -65,7 +62,8 @@ def embed_file(
         model = load_adapter(model, adapter, name="given")
         model = set_adapter(model, dict.fromkeys(adapters(model), 1.0))
     if "pixel_values" in model.inputs:
-        images = _images(path, model, file, column, split)
+        given = {} if column is None else {"image": column}
+        images = load_images(file, tokenizer, split=split, columns=given)  # labels, if there are any, count nothing
         columns = {"place": list(images.places)}
         vectors = scaled(embed_images(model, images, batch_size), model, normalize)
     else:
@@ -96,14 +94,6 @@ def _texts(file: str | Path, column: str | None, split: str) -> dict[str, list[s
     refuse(DataError, f"{file}: {len(bad)} of {len(made)} rows cannot be embedded", map(str, bad))
     good = [row for row in made if not isinstance(row, BadRow)]
     return {"place": [place for place, _ in good], "text": [text for _, text in good]}
-
-
-def _images(path: str, model: Any, file: str | Path, column: str | None, split: str) -> ImageDataset:
-    """Return the images of a source, in the size that the model sees; labels, if there are any, count nothing."""
-    run = RunFolder(path)
-    folder = base_folder(run.config()) if run.started else resolve(path)
-    processor = read_processor(folder, size=model.config.image_size, channels=model.config.num_channels)
-    return load_images(file, processor, split=split, columns={} if column is None else {"image": column})
 
 
 def _check_length(model: Any, max_length: int | None) -> None:
