@@ -180,10 +180,9 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
             if weights == library.WEIGHTS:
                 library.check_names(tensors, config["name"], where)
                 library.check_head(folder, fresh)
-            else:
-                held = _bare(held, tensors, getattr(fresh, "prefix", ""))
-            check_tensors(tensors, held, fresh, folder / weights)
-            fill_entries(held, tensors.read)
+            spots = held if theirs else _bare(held, tensors, getattr(fresh, "prefix", ""))
+            check_tensors(tensors, spots, fresh, folder / weights)
+            fill_entries(spots, tensors.read)
     fresh = place(fresh)
     if name not in adapters(fresh):
         return fresh
