@@ -187,8 +187,8 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True) -> None:
     """
     on_disk = disk_names(model, tensors)
     leave_out(model, on_disk)
-    head = getattr(model, "lm_head", None)
-    if headless(model, tensors) and "lm_head.weight" not in on_disk and head is not None and head.kernel is not None:
+    own = getattr(model, "lm_head", None)
+    if headless(model, tensors) and "lm_head.weight" not in on_disk and own is not None and own.kernel is not None:
         setattr(model, "lm_head", nnx.data(None))  # noqa: B010 - not every model has the attribute
     everything = {
         f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable)
