@@ -41,7 +41,7 @@ def load(
         abstract: Shapes for arrays: no weights are read (nor needed), for reports and plans.
         labels: Names of classes, one alone for a regression: the model with a classification head for them. The
             checkpoint's own is kept if it is for these (or for as many without names), else it is new: every method
-            trains a new head. None: with a head if the checkpoint has one.
+            trains a new head. (): without a head; None: with one if the checkpoint has one.
 
     Returns:
         The model, and the tokenizer: None where the folder has none; of a vision model, its `ImageProcessor`.

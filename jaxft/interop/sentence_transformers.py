@@ -132,7 +132,7 @@ def _padding(tokenizer: Any) -> Any:
 
 def _lowers(tokenizer: Any) -> bool:
     """Tell whether a tokenizer is one of `do_lower_case`."""
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    normalizer: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     return type(normalizer).__name__ == "Sequence" and type(normalizer[0]).__name__ == "Lowercase"
 
 

@@ -140,8 +140,10 @@ def load_model(
 
 def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """Return names of classes; refuse what are none, or are there twice."""
-    if isinstance(labels, str) or not labels or not all(isinstance(x, str) and x for x in labels):
-        raise CheckpointError(f"labels={labels!r}: give the names of the classes, one for a regression")
+    if isinstance(labels, str) or not all(isinstance(x, str) and x for x in labels):
+        raise CheckpointError(
+            f"labels={labels!r}: give the names of the classes, one for a regression, none for no head"
+        )
     twice = sorted({x for x in labels if list(labels).count(x) > 1})
     refuse(CheckpointError, "labels: each class has one name", [f"{x!r} is there twice" for x in twice])
     return tuple(labels)
@@ -181,7 +183,7 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True) -> None:
     Args:
         model: The model; its arrays become real.
         tensors: The checkpoint.
-        keep_head: Whether a classification head that the checkpoint has is the one that is wanted.
+        keep_head: Whether a classification head that the checkpoint has is the one that is wanted, if any is.
     """
     on_disk = disk_names(model, tensors)
     leave_out(model, on_disk)
@@ -203,7 +205,8 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True) -> None:
         or not all(fits(name, spot) for name, spot in everything.items() if name.startswith(f"{path}."))
     )
     begin_heads(model, new)
-    dropped = tuple(f"{path}." for path in new)
+    others = () if keep_head or model.config.labels else CLASSIFIERS[model.model_type].heads  # a head not wanted
+    dropped = tuple(f"{path}." for path in (*new, *others))
     on_disk = {name: disk for name, disk in on_disk.items() if not name.startswith(dropped)}
     wanted = {name: spot for name, spot in everything.items() if not name.startswith(dropped)}
     head: Any = getattr(model, "lm_head", None)

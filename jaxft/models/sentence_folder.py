@@ -72,7 +72,9 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
         return SentenceFolder(folder)
     modules = _modules(folder)
     transformer = folder / modules[0]["path"]
-    said = next((read_json(transformer / name) for name in TRANSFORMER if (transformer / name).is_file()), {})
+    said: dict[str, Any] = next(
+        (read_json(transformer / name) for name in TRANSFORMER if (transformer / name).is_file()), {}
+    )
     pooling = read_json(folder / modules[1]["path"] / "config.json")
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     last = folder / modules[-1]["path"] / "config.json"

@@ -92,6 +92,8 @@ def test_kept_or_new(folders, tmp_path):
         kernel, is_new, pooler_is_new = head(labels)
         assert (is_new, pooler_is_new) == (new, False)
         assert kernel.shape[1] == len(labels or LABELS)
+    plain, _ = jaxft.load(folder, labels=())
+    assert type(plain).__name__ == "BertModel" and jnp.array_equal(plain([ROW]), jaxft.load(folders["bert"])[0]([ROW]))
     raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(3)}
     (folder / "config.json").write_text(json.dumps(raw))
     assert not head(("a", "b", "c"))[1]
@@ -178,7 +180,7 @@ def test_what_is_refused(folders, tmp_path):
     with pytest.raises(jaxft.CheckpointError, match="'a' is there twice"):
         jaxft.load(folders["bert"], labels=("a", "a"))
     with pytest.raises(jaxft.CheckpointError, match="give the names of the classes"):
-        jaxft.load(folders["bert"], labels=())
+        jaxft.load(folders["bert"], labels="good")
     model, _ = jaxft.load(folders["bert"], labels=LABELS)
     folder = jaxft.save_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), tmp_path)
     with pytest.raises(jaxft.CheckpointError, match=r"the adapter of a classifier, .* labels=\.\.\."):
