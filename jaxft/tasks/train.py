@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from ..config import Config
-from ..interop.export import save_model
 from ..interop.folder import save_adapter
 from ..methods import Full
 from ..methods.method import parts_of
@@ -168,7 +167,7 @@ class Job:
     def _finish(self, state: TrainState, seconds: float) -> dict[str, Any]:
         whole = any(isinstance(part, Full) for part in parts_of(state.method))
         if whole:
-            made = save_model(state.model, self.run.model, self.data.tokenizer)
+            made = self.task.write(state.model, self.run.model, self.data)
         else:
             made = save_adapter(state, self.run.adapter)
         picture = plot_curves(
