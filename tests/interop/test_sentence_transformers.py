@@ -124,7 +124,9 @@ def test_an_adapter_beside_the_name_of_its_base(make, words, tmp_path):
         again, words_again = jaxft.load(folder)
         assert (again.config.pooling, again.config.normalize, again.config.max_seq_length) == ("mean", True, 5)
         np.testing.assert_array_equal(
-            jaxft.embed(again, words_again, TEXTS), jaxft.embed(adapted, tokenizer, TEXTS), err_msg=type(method).__name__
+            jaxft.embed(again, words_again, TEXTS),
+            jaxft.embed(adapted, tokenizer, TEXTS),
+            err_msg=type(method).__name__,
         )
     assert n == 1
     jaxft.save_sentence_transformer(model, folder, tokenizer)  # over the adapter, of which nothing may be left
@@ -144,7 +146,11 @@ ODD = {
     "unknown mode": ("1_Pooling/config.json", {"pooling_mode": "median"}, "'median' is not known"),
     "unknown key": ("1_Pooling/config.json", {"gain": 2}, "gain=2 is not known"),
     "prompts left out": ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt=False"),
-    "a prompt by default": ("config_sentence_transformers.json", {"default_prompt_name": "query"}, "'q: ' before every"),
+    "a prompt by default": (
+        "config_sentence_transformers.json",
+        {"default_prompt_name": "query"},
+        "'q: ' before every",
+    ),
     "another kind of model": ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "SparseEncoder"),
     "a setting": ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim=8"),
     "a task": ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "fill-mask"),

@@ -96,7 +96,10 @@ WRONG = {
     "folder": (("st", "texts.jsonl", "--output", "none/out.npy"), "there is no folder none"),
     "no column": (("st", "said.jsonl", "--output", "out2.npy"), r"said.jsonl:1: text: .*no such column"),
     "column": (("st", "texts.jsonl", "--column", "x", "--output", "out2.npy"), "x: the row has no such column"),
-    "empty": (("st", "bad.jsonl", "--output", "out2.npy"), r"(?s)bad.jsonl:2: text: it is empty.*bad.jsonl:3: not valid"),
+    "empty": (
+        ("st", "bad.jsonl", "--output", "out2.npy"),
+        r"(?s)bad.jsonl:2: text: it is empty.*bad.jsonl:3: not valid",
+    ),
     "length": (("st", "texts.jsonl", "--max-length", 99, "--output", "out2.npy"), "the model reads 9 tokens at most"),
     "image": (("vit", "broken", "--output", "out2.npy"), r"broken.1\.png"),
 }
