@@ -114,6 +114,10 @@ class Task:
         del data
         return ()
 
+    def planned_labels(self) -> tuple[str, ...]:
+        """Return the classes of the head for a plan, which reads no rows."""
+        return ()
+
     def load_state(self, steps: int, mesh: Mesh | None, data: Data) -> TrainState:
         """Return the state that the run begins with."""
         return load_state(self.config, steps, mesh, labels=self.head_labels(data))
