@@ -119,8 +119,8 @@ def as_pooled(model: Any, run: RunFolder) -> Any:
 
 
 def with_pooling(model: Any, pooling: str) -> Any:
-    """Return a model, of the same arrays, that pools otherwise: `"cls"`, `"mean"`, `"max"` or `"last"`."""
-    return with_config(model, pooling=pooling)
+    """Return a model, of the same arrays, that pools otherwise, its head too: a mode of `models.pooling.pool`."""
+    return with_config(model, pooling=pooling, head_pooling=pooling if model.config.labels else None)
 
 
 def with_config(model: Any, **fields: Any) -> Any:

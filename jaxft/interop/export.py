@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import MethodError, refuse
 from ..methods.method import adapters
 from ..models.base import Model
+from ..models.config import HEAD_POOLING
 from ..models.hub import abstract_model
 from ..models.names import LEAF_NAMES, Named, parameters, renamed
 from ..models.tensors import replacing, write_tensors
@@ -126,6 +127,7 @@ def _config(model: Model) -> dict[str, Any]:
         "model_type": model.model_type,
         "dtype": np.dtype(model.dtype).name,
         **class_keys(model.config.labels),
+        **({HEAD_POOLING: model.config.head_pooling} if model.config.head_pooling else {}),
         **model.config_keys(),
     }
 

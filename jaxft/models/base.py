@@ -32,6 +32,7 @@ class Model(nnx.Module):
         default_targets: What LoRA adapts by default.
         default_ia3: What IA3 scales by default, and which of these at their input.
         task_type: peft's name for what the model does; None where it has none.
+        reads: Of a classifier, how what its head reads is pooled.
     """
 
     model_type: ClassVar[str]
@@ -46,6 +47,7 @@ class Model(nnx.Module):
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()
     written: ClassVar[tuple[tuple[str, str], ...]] = ()
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "position_ids", "segment_ids")
+    reads: ClassVar[str]
     task_type: ClassVar[str | None]
 
     def __init__(self, config: ModelConfig):

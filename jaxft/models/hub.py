@@ -187,8 +187,9 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True) -> None:
     """
     on_disk = disk_names(model, tensors)
     leave_out(model, on_disk)
-    if headless(model, tensors) and "lm_head.weight" not in on_disk and getattr(model, "lm_head", None) is not None:
-        model.lm_head = model.lm_head if model.lm_head.kernel is None else nnx.data(None)
+    own = getattr(model, "lm_head", None)
+    if headless(model, tensors) and "lm_head.weight" not in on_disk and own is not None and own.kernel is not None:
+        setattr(model, "lm_head", nnx.data(None))  # noqa: B010 - not every model has the attribute
     everything = {
         f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable)
         for named, leaf, variable in parameters(model)

@@ -15,6 +15,7 @@ from .base import arrays, called
 from .config import ModelConfig, activation
 from .encoder import Encoder
 from .layers import ACTIVATIONS, Join, LayerNorm, Linear, dot, dropout, normal
+from .pooling import pool
 from .seams import Context, lift, mix, number, read
 from .stack import run, stacked
 from .virtual import apart
@@ -302,6 +303,7 @@ class ViTForImageClassification(ImageEncoder):
     prefix = "vit"
     heads = ("classifier",)
     task_type = None
+    reads = "cls"
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
@@ -311,5 +313,6 @@ class ViTForImageClassification(ImageEncoder):
 
     def answer(self, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """Return logits `[B, C]`, in the model's dtype."""
-        hidden = self.hidden(**inputs, key=key)
-        return self.classifier(hidden[:, :1], self.context(len(hidden), key))[:, 0]
+        mode = self.config.head_pooling or self.reads
+        vectors = pool(self.hidden(**inputs, key=key), None, mode).astype(self.dtype)
+        return self.classifier(vectors[:, None], self.context(len(vectors), key))[:, 0]

@@ -102,7 +102,7 @@ def _check_length(model: Any, max_length: int | None) -> None:
 
 
 def _check_finite(vectors: Array, places: list[str]) -> None:
-    bad = [place for place, row in zip(places, np.isfinite(vectors).all(1).tolist(), strict=True) if not row]
+    bad = [places[i] for i in np.flatnonzero(~np.isfinite(vectors).all(1))]
     refuse(DataError, "vectors that are not finite", [f"{place}: its vector holds NaN or infinity" for place in bad])
 
 
