@@ -1,6 +1,7 @@
 """Contrastive tuning: positives together, negatives apart, of pairs, triplets, labelled and scored texts."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -14,15 +15,17 @@ from ..data.columns import TEXTS
 from ..embedding import embed_rows
 from ..embedding_picture import draw_embeddings, draw_pairs
 from ..errors import ConfigError, DataError
+from ..interop.sentence_transformers import save_sentence_transformer
 from ..losses import make_contrastive_loss
 from ..methods.temperature import LearnedTemperature
+from ..models.sentence_folder import read_sentence_folder
 from ..probes import knn_accuracy, linear_probe
 from ..run import RunFolder
 from ..similarity import mean_reciprocal_rank, paired_cosine, pearson, recall_at_k, retrieval_ranks, spearman
 from ..train.evaluate import evaluate_loss
 from ..train.state import TrainState
 from ..train.step import ModelLoss
-from .start import load_state
+from .start import base_folder, load_state
 from .task import Data, Task, steps_of
 from .texts import OfTexts, check_scores_differ, classes_in
 
@@ -120,6 +123,11 @@ class TextContrast(OfTexts, ContrastiveTask):
         "labelled": ("supervised_contrastive",),
         "scored_pairs": ("cosent", "cosine_regression", "pairwise_contrastive"),
     }
+
+    def write(self, model: Any, folder: Path, data: Data) -> Path:
+        """Write the whole model, as a folder that says how it pools and how long texts are."""
+        prompts = read_sentence_folder(base_folder(self.config)).prompts
+        return save_sentence_transformer(model, folder, data.tokenizer, prompts=prompts)
 
     @property
     def loss(self) -> ModelLoss:
