@@ -1,7 +1,8 @@
 """Folders of the adapters library (1.3.0) for its bottleneck adapters, written from our options and read back.
 
 Beside `adapter_config.json` the library can write a copy of the model's head (`head_config.json` and
-`model_head.safetensors`). It is not loaded: one that is the base's own changes nothing, another is refused.
+`model_head.safetensors`). That of a classifier is the adapter's copy of it. A language model's is not loaded: one that
+is the base's own changes nothing, another is refused.
 """
 
 import re
@@ -14,12 +15,20 @@ import numpy as np
 from ..errors import CheckpointError, MethodError, refuse
 from ..methods import Adapter
 from ..methods.adapter import SITES
+from ..models.names import parameters
 from ..models.tensors import Tensors
 from .entries import PREFIX, Entry
 
-WEIGHTS, HEAD = "adapter.safetensors", "model_head"
+WEIGHTS, HEAD, HEAD_CONFIG = "adapter.safetensors", "model_head.safetensors", "head_config.json"
 CONVERT = "model.load_adapter(folder); model.save_adapter(new_folder, name, with_head=False, use_safetensors=True)"
-FAMILIES = ("gpt2", "llama", "mistral")  # in the library itself; others it reaches by hooks at other places
+FAMILIES = (
+    "gpt2",
+    "llama",
+    "mistral",
+    "bert",
+    "roberta",
+    "xlm-roberta",
+)  # in the library itself; others it reaches by hooks at other places
 
 KINDS: dict[str, dict[str, Any]] = {
     "pfeiffer": {"mh_adapter": False, "output_adapter": True, "is_parallel": False, "original_ln_before": True},
@@ -49,7 +58,11 @@ OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # in configs without a ve
 
 def expresses(method: Adapter, model: Any) -> bool:
     """Tell whether the library has these options, on this family, so that a folder of its kind can say them."""
-    return method.parallel_input == "residual" and getattr(model, "model_type", None) in FAMILIES
+    known = method.parallel_input == "residual" and getattr(model, "model_type", None) in FAMILIES
+    inside = f"{getattr(model, 'prefix', '')}."  # what the library takes for the base's, and does not save
+    return known and not any(
+        n.path.startswith(inside) and v.get_metadata("new", False) for n, _, v in parameters(model)
+    )
 
 
 def is_folder(config: Mapping[str, Any]) -> bool:
@@ -150,16 +163,57 @@ def _problems(options: Mapping[str, Any], name: Any) -> Iterable[str]:
         yield f"leave_out={left_out!r}: indices of layers are expected"
 
 
+def files(places: Mapping[str, Entry], name: str) -> dict[str, dict[str, Entry]]:
+    """Return the entries by the library's files and names: the adapter's own name stands in each of its tensors."""
+    out: dict[str, dict[str, Entry]] = {WEIGHTS: renamed(places, name)}
+    head = {key: entry for key, entry in out[WEIGHTS].items() if f".adapters.{name}." not in key}
+    if head:
+        out = {WEIGHTS: {key: entry for key, entry in out[WEIGHTS].items() if key not in head}, HEAD: head}
+    return out
+
+
 def renamed(places: Mapping[str, Entry], name: str) -> dict[str, Entry]:
-    """Return the entries by the library's names: the adapter's own name stands in each."""
+    """Return the entries by the library's names.
+
+    Its module `adapters` stands in ours of pre-norm families, `output_adapters`, and is ours in post-norm ones.
+    """
+
+    def theirs(key: str) -> str:
+        key = key.removeprefix(PREFIX).replace("_adapters.", "_adapters.adapters.", 1)
+        return key.replace(".adapters.", f".adapters.{name}.", 1)
+
+    return {theirs(key): entry for key, entry in places.items()}
+
+
+def head_config(model: Any) -> dict[str, Any]:
+    """Return the `head_config.json` of a classifier."""
+    labels = model.config.labels
     return {
-        k.removeprefix(PREFIX).replace("_adapters.", f"_adapters.adapters.{name}.", 1): e for k, e in places.items()
+        "config": None,
+        "hidden_size": model.config.hidden_size,
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "model_class": type(model).__name__,
+        "model_name": model.config.source or None,
+        "model_type": model.model_type,
+        "name": None,
+        "num_labels": len(labels),
+        "version": "adapters.1.3.0",
     }
+
+
+def heads_of(folder: Path, model: Any) -> tuple[str, ...]:
+    """Return the paths of this model's heads that a folder has copies of."""
+    if not (folder / HEAD).is_file():
+        return ()
+    with Tensors(folder, HEAD, CONVERT) as tensors:
+        return tuple(
+            path for path in getattr(model, "heads", ()) if any(k.startswith(f"{path}.") for k in tensors.shapes)
+        )
 
 
 def check_names(tensors: Tensors, name: str, where: str) -> None:
     """Refuse a file whose tensors are another adapter's: the library would load none of them, and say nothing."""
-    found = {m[1] for key in tensors.shapes if (m := re.search(r"_adapters\.adapters\.([^.]+)\.", key))}
+    found = {m[1] for key in tensors.shapes if (m := re.search(r"\.adapters\.([^.]+)\.", key))}
     if found and name not in found:
         raise CheckpointError(
             f"{where}: the config's name is {name!r}, the tensors of {WEIGHTS} are of {', '.join(sorted(found))}; "
@@ -170,15 +224,16 @@ def check_names(tensors: Tensors, name: str, where: str) -> None:
 def check_head(folder: Path, model: Any) -> None:
     """Refuse a head beside the adapter that is not the base's own, since it is not loaded."""
     hint = "save the adapter without it: model.save_adapter(folder, name, with_head=False, use_safetensors=True)"
-    if not (folder / f"{HEAD}.safetensors").is_file():
-        if (folder / f"pytorch_{HEAD}.bin").is_file():
-            raise CheckpointError(f"{folder} has pytorch_{HEAD}.bin, a head in a pickle, which is not read; {hint}")
+    if not (folder / HEAD).is_file():
+        if (folder / "pytorch_model_head.bin").is_file():
+            raise CheckpointError(f"{folder} has pytorch_model_head.bin, a head in a pickle, which is not read; {hint}")
         return
-    with Tensors(folder, f"{HEAD}.safetensors", CONVERT) as tensors:
-        for key in tensors.shapes:
+    with Tensors(folder, HEAD, CONVERT) as tensors:
+        copied = heads_of(folder, model)
+        for key in (k for k in tensors.shapes if not any(k.startswith(f"{path}.") for path in copied)):
             own = _head_kernel(model) if key == "lm_head.weight" else None
             if own is None or own.shape != tensors.shapes[key] or not np.array_equal(own, tensors.read(key)):
-                raise CheckpointError(f"{folder}: {HEAD}.safetensors has {key}, which is not the base's own; {hint}")
+                raise CheckpointError(f"{folder}: {HEAD} has {key}, which is not the base's own; {hint}")
 
 
 def _head_kernel(model: Any) -> Any:

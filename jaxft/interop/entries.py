@@ -45,7 +45,7 @@ class Entry:
     def read(self) -> np.ndarray[Any, Any]:
         """Return the tensor as the file holds it, in float32."""
         value = np.asarray(self._place(self.variable.get_value()), np.float32)
-        return np.ascontiguousarray(np.swapaxes(value, -1, -2) if self.transposed else value)
+        return np.asarray(np.swapaxes(value, -1, -2) if self.transposed else value, order="C")
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import CheckpointError, MethodError, refuse
 from ..methods import ADDED, METHODS, Adapter, Full, Method
-from ..methods.heads import copied_heads, copy_heads, trained
+from ..methods.heads import copied_heads, copy_heads, drop_heads, trained
 from ..methods.method import adapters, attach, copy_tree, parts_of, register
 from ..methods.partition import attached
 from ..methods.switch import all_off, set_adapter
@@ -34,9 +34,10 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     Where peft knows the method (LoRA, IA3, prefixes, prompts) the folder is peft's, and its
     `PeftModel.from_pretrained` gives the same numbers; what peft would lose (the encoder that makes a prompt) stands
     beside it, for `load_adapter` alone. Of `Adapter` it is the adapters library's, where that has the family (GPT-2,
-    Llama, Mistral) and the option: read it there with `model.load_adapter(folder, use_safetensors=True)`. For what
-    neither knows (BitFit, compositions) it looks as peft's, names the method, and only `load_adapter` reads it. On an
-    error the folder's old files stay.
+    Llama, Mistral, BERT, RoBERTa) and the option: read it there with
+    `model.load_adapter(folder, use_safetensors=True)`. For what neither knows (BitFit, compositions) it looks as
+    peft's, names the method, and only `load_adapter` reads it. The copy of a new head stands where each of these puts
+    it, the names of its classes in `labels.json`. On an error the folder's old files stay.
 
     Args:
         model_or_state: A `TrainState`, or a model that carries the adapter.
@@ -68,13 +69,19 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
         config = {**own_config(method, model), **({"modules_to_save": list(heads)} if heads else {})}
     flags = trained(model, method, name)
     places = entries(model, name, lambda path, _: flags[path])
-    places = library.renamed(places, name) if weights == library.WEIGHTS else renamed(places, config)
+    theirs = weights == library.WEIGHTS
+    tensors = library.files(places, name) if theirs else {weights: renamed(places, config)}
+    texts = {CONFIG: config}
+    if heads:
+        texts[LABELS] = {"labels": model.config.labels}
+    if library.HEAD in tensors:
+        texts[library.HEAD_CONFIG] = library.head_config(model)
     with replacing(Path(folder)) as scratch:
-        write_tensors(scratch / weights, {key: entry.read() for key, entry in places.items()})
-        (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if heads:
-            (scratch / LABELS).write_text(json.dumps({"labels": model.config.labels}) + "\n", encoding="utf-8")
-    for old in {WEIGHTS, library.WEIGHTS, LABELS} - {weights, LABELS if heads else weights}:
+        for file, held in tensors.items():
+            write_tensors(scratch / file, {key: entry.read() for key, entry in held.items()})
+        for file, text in texts.items():
+            (scratch / file).write_text(json.dumps(text, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for old in {WEIGHTS, LABELS, library.WEIGHTS, library.HEAD, library.HEAD_CONFIG} - {*tensors, *texts}:
         (Path(folder) / old).unlink(missing_ok=True)  # of an earlier adapter, which the new config does not describe
     return Path(folder)
 
@@ -158,21 +165,24 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         fresh = copy_tree(attached(all_off(model), method, name=name))
     except MethodError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    copy_heads(fresh, method, name, heads_of(config, model))
+    heads = library.heads_of(folder, model) if theirs else heads_of(config, model)
+    if heads:
+        copy_heads(fresh, method, name, heads)
+    else:
+        drop_heads(fresh, name)  # it was trained on a model without one
     if name not in adapters(fresh):
         register(fresh, name, method)
     flags = trained(fresh, method, name)
     places = entries(fresh, name, lambda path, _: flags[path])
-    weights, convert = (library.WEIGHTS, library.CONVERT) if theirs else (WEIGHTS, CONVERT)
-    with Tensors(folder, weights, convert) as tensors:
-        if theirs:
-            places = library.renamed(places, config["name"])
-            library.check_names(tensors, config["name"], where)
-            library.check_head(folder, fresh)
-        else:
-            places = renamed(places, config)
-        check_tensors(tensors, places, fresh, folder / weights)
-        fill_entries(places, tensors.read)
+    files = library.files(places, config["name"]) if theirs else {WEIGHTS: renamed(places, config)}
+    for weights, held in files.items():
+        with Tensors(folder, weights, library.CONVERT if theirs else CONVERT) as tensors:
+            if weights == library.WEIGHTS:
+                library.check_names(tensors, config["name"], where)
+                library.check_head(folder, fresh)
+            spots = held if theirs else _bare(held, tensors, getattr(fresh, "prefix", ""))
+            check_tensors(tensors, spots, fresh, folder / weights)
+            fill_entries(spots, tensors.read)
     fresh = place(fresh)
     if name not in adapters(fresh):
         return fresh
@@ -191,6 +201,14 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
     if not (folder / LABELS).is_file():
         return None
     return tuple(map(str, read_json(folder / LABELS).get("labels") or ())) or None
+
+
+def _bare(places: dict[str, Entry], tensors: Tensors, prefix: str) -> dict[str, Entry]:
+    """Return the entries without the backbone's name, where the file is of an adapter on a backbone alone."""
+    whole = f"{PREFIX}{prefix}."
+    if not prefix or any(name.startswith(whole) for name in tensors.shapes):
+        return places
+    return {PREFIX + k.removeprefix(whole) if k.startswith(whole) else k: e for k, e in places.items()}
 
 
 def check_tensors(tensors: Tensors, places: dict[str, Entry], model: Any, file: Path) -> None:

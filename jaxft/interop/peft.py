@@ -6,6 +6,8 @@ from typing import Any
 
 from ..errors import CheckpointError, MethodError
 from ..methods import IA3, LoRA, Method, PrefixTuning, PromptTuning, PTuning, PTuningV2
+from ..methods.matching import named
+from ..models.names import named_modules
 from . import peft_ia3, peft_lora, peft_virtual
 
 
@@ -94,12 +96,20 @@ def heads_of(config: Mapping[str, Any], model: Any) -> tuple[str, ...]:
 def without_heads(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """Return the config with `modules_to_save` as the method's own option: without this model's heads.
 
-    Of a classifier it is also without those that peft names whether a model has them or not.
+    Of a classifier it is also without those that peft names whether a model has them or not. peft names layers of a
+    head as targets too, and passes them over.
     """
     passed = AUTOMATIC if config.get("task_type") == "SEQ_CLS" else ()
     heads = heads_of(config, model)
     ends = dict.fromkeys(config.get("modules_to_save") or ())
     rest = [end for end in ends if end not in passed and not any(is_end(end, path) for path in heads)]
+    targets = config.get("target_modules")
+    if heads and isinstance(targets, list):
+        names = [name for n in named_modules(model) for name in n.names]
+        inside = [name for name in names if f"{name}.".startswith(tuple(f"{head}." for head in heads))]
+        outside = set(names) - set(inside)
+        idle = {t for t in targets if any(named(n, (t,)) for n in inside) and not any(named(n, (t,)) for n in outside)}
+        config = {**config, "target_modules": [t for t in targets if t not in idle]}
     return {**config, "modules_to_save": rest}
 
 

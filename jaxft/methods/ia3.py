@@ -12,7 +12,19 @@ from ..models.seams import Const, Context, Delta, lift
 from .copies import copy_modules, saves
 from .linear import is_linear, kernel_shape, logical_axes, make_seams
 from .low_rank import per_row
-from .matching import Names, Target, anything, check_names, find, frozen_ends, frozen_names, log, named, resolved
+from .matching import (
+    Names,
+    Target,
+    anything,
+    check_names,
+    find,
+    frozen_ends,
+    frozen_names,
+    log,
+    named,
+    outside_heads,
+    resolved,
+)
 from .method import Method, hang
 from .options import selection_problems
 
@@ -129,16 +141,16 @@ class IA3(Method):
         Raises:
             SelectionError: A part of the selection matches nothing.
         """
-        wanted, inputs = self.resolved_targets(model)
-        check_names(model, "target_modules", wanted, is_linear, "linear layer")
-        check_names(model, "feedforward_modules", self.feedforward_modules, is_linear, "linear layer")
+        (wanted, inputs), kinds = self.resolved_targets(model), outside_heads(model, is_linear)
+        check_names(model, "target_modules", wanted, kinds, "linear layer")
+        check_names(model, "feedforward_modules", self.feedforward_modules, kinds, "linear layer")
         check_names(model, "exclude_modules", self.exclude_modules, anything, "module")
 
         def accepts(name: str) -> bool:
             apart = named(name, self.exclude_modules) or saves(name, self.modules_to_save)
             return named(name, wanted) and not apart
 
-        found = find(model, accepts, is_linear)
+        found = find(model, accepts, kinds)
         if not found:
             raise SelectionError(f"IA3: target_modules={wanted!r} without the excluded ones leaves no module to scale")
         names = [name for target in found for name in target.names]

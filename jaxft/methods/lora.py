@@ -29,6 +29,7 @@ from .matching import (
     layer_index,
     log,
     named,
+    outside_heads,
     resolved,
 )
 from .method import Method, hang
@@ -50,7 +51,7 @@ class LoRA(Method):
         dropout: Rate on the input of A, in training.
         target_modules: Names of modules (`"q_proj"` means every module whose name ends so; embeddings too), a regular
             expression for the whole name, `"all-linear"` (every linear layer but the output head), or None: what the
-            field uses for the family.
+            field uses for the family. Never part of a classification head, of which an adapter has a whole copy.
         exclude_modules: Names or a regular expression; wins over the targets.
         layers: Only layers of these indices (peft's `layers_to_transform`), where targets are names.
         layers_pattern: Name of the list that the index stands in, if not the first.
@@ -114,10 +115,10 @@ class LoRA(Method):
         Raises:
             SelectionError: A part of the selection matches nothing.
         """
-        wanted = self.resolved_targets(model)
-        check_names(model, "target_modules", wanted, takes_product, "linear layer or embedding")
+        wanted, kinds = self.resolved_targets(model), outside_heads(model, takes_product)
+        check_names(model, "target_modules", wanted, kinds, "linear layer or embedding")
         check_names(model, "exclude_modules", self.exclude_modules, anything, "module")
-        found = find(model, lambda name: self._accepts(name, wanted), takes_product)
+        found = find(model, lambda name: self._accepts(name, wanted), kinds)
         if not found:
             limits = {
                 "exclude_modules": self.exclude_modules,

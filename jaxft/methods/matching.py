@@ -116,6 +116,14 @@ def anything(module: Any) -> bool:
     return True
 
 
+def outside_heads(model: Any, kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return the same kinds of modules without those of a classification head: that is copied whole, as in peft."""
+    inside = f"{getattr(model, 'prefix', '')}."
+    heads = tuple(f"{path}." for path in getattr(model, "heads", ()) if not path.startswith(inside))
+    apart = {id(n.module) for n in named_modules(model) if f"{n.path}.".startswith(heads)}
+    return lambda module: kinds(module) and id(module) not in apart
+
+
 def find(model: Any, accept: Callable[[str], bool], kinds: Callable[[Any], bool] = anything) -> list[Target]:
     """Return the modules of the kinds wanted of which `accept(name)` holds for at least one layer."""
     found = []

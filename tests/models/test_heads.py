@@ -52,12 +52,12 @@ def folders(tmp_path_factory):
 def squared(model, batch, *, key):
     """A model loss, of rows that are to give one-hot logits."""
     logits = model(**{k: batch[k] for k in model.inputs if k in batch}, key=key)
-    return jnp.square(logits - jax.nn.one_hot(batch["labels"], logits.shape[-1])).sum(), logits.shape[0], {}
+    return jnp.square(logits - jax.nn.one_hot(batch["targets"], logits.shape[-1])).sum(), logits.shape[0], {}
 
 
 def test_every_family_has_a_classifier():
-    assert CLASSIFIERS.keys() == FAMILIES.keys() and len(CLASSIFIERS) >= 10
-    assert all(CLASSIFIERS[m].config_class is FAMILIES[m].config_class for m in FAMILIES)
+    assert CLASSIFIERS.keys() | {"vit"} == FAMILIES.keys() and len(CLASSIFIERS) >= 10
+    assert all(CLASSIFIERS[m].config_class is FAMILIES[m].config_class for m in CLASSIFIERS)
 
 
 @pytest.mark.parametrize("family", MAKERS)
@@ -92,6 +92,8 @@ def test_kept_or_new(folders, tmp_path):
         kernel, is_new, pooler_is_new = head(labels)
         assert (is_new, pooler_is_new) == (new, False)
         assert kernel.shape[1] == len(labels or LABELS)
+    plain, _ = jaxft.load(folder, labels=())
+    assert type(plain).__name__ == "BertModel" and jnp.array_equal(plain([ROW]), jaxft.load(folders["bert"])[0]([ROW]))
     raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(3)}
     (folder / "config.json").write_text(json.dumps(raw))
     assert not head(("a", "b", "c"))[1]
@@ -124,7 +126,7 @@ def test_a_new_head_trains_whatever_the_method(method, folders, tmp_path):
     copies = {f"classifier.saved.default.{leaf}" for leaf in ("kernel", "bias")}
     start = {path: np.array(v) for path, v in jaxft.leaves(state.trainable).items()}
     assert copies <= start.keys() and not {"classifier.kernel", "classifier.bias"} & start.keys()
-    state, metrics = jaxft.make_train_step(squared)(state, {**PADDED, "labels": jnp.array([2, 0])})
+    state, metrics = jaxft.make_train_step(squared)(state, {**PADDED, "targets": jnp.array([2, 0])})
     assert float(metrics["loss"]) > 0
     trained = jaxft.leaves(state.trainable)
     assert all((trained[path] != start[path]).any() for path in copies)
@@ -178,7 +180,7 @@ def test_what_is_refused(folders, tmp_path):
     with pytest.raises(jaxft.CheckpointError, match="'a' is there twice"):
         jaxft.load(folders["bert"], labels=("a", "a"))
     with pytest.raises(jaxft.CheckpointError, match="give the names of the classes"):
-        jaxft.load(folders["bert"], labels=())
+        jaxft.load(folders["bert"], labels="good")
     model, _ = jaxft.load(folders["bert"], labels=LABELS)
     folder = jaxft.save_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), tmp_path)
     with pytest.raises(jaxft.CheckpointError, match=r"the adapter of a classifier, .* labels=\.\.\."):

@@ -1,7 +1,7 @@
 """Write the golden files of the bottleneck adapters: folders as the adapters library saves them, and what it computes.
 
 It needs an environment of its own (adapters 1.3.0 with transformers 4.57, which cannot stand beside transformers 5),
-and the bases that make_golden.py has written:
+and the bases that make_golden.py and make_encoders.py have written:
 
     PYTHON_WITH_ADAPTERS tests/parity/make_adapters.py
 """
@@ -109,9 +109,39 @@ def bert():
     save_file(out, OUT / "bert.safetensors")
 
 
+def classifier(kind):
+    """Every kind of adapter on a classifier of make_encoders.py, its head trained and saved with it."""
+    root = GOLDEN / "encoders"
+    ids = np.random.default_rng(0).integers(3, 40, (3, 12))
+    mask = np.ones_like(ids)
+    mask[1, 8:] = 0
+    types = np.zeros_like(ids)
+    types[:, 6 if kind == "bert" else 12 :] = 1
+    pad = 0 if kind == "bert" else 1
+    inputs = {"input_ids": np.where(mask == 1, ids, pad), "attention_mask": mask, "token_type_ids": types}
+    for case in ("seq_bn", "double_seq_bn", "par_bn"):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(root / kind / "base").float()
+        adapters.init(model)
+        model.config.name_or_path = f"tiny-{kind}"
+        name, folder = f"my_{case}", root / f"{kind}-{case}"
+        shutil.rmtree(folder, ignore_errors=True)
+        model.add_adapter(name, config=adapters.AdapterConfig.load(case, reduction_factor=4))
+        model.train_adapter(name)
+        roughen(model, name)
+        for key, p in sorted(model.named_parameters()):
+            if key.startswith("classifier."):
+                p.data += 0.1
+        with torch.no_grad():
+            out = model.eval()(**{k: torch.tensor(v) for k, v in inputs.items()}).logits.numpy()
+        model.save_adapter(str(folder), name, use_safetensors=True)
+        save_file({"out": out}, folder / "expected.safetensors")
+
+
 if __name__ == "__main__":
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     for base in ("llama", "gpt2"):
         causal(base)
     bert()
+    for kind in ("bert", "roberta"):
+        classifier(kind)
