@@ -1,5 +1,6 @@
 """Contrastive tuning: positives together, negatives apart, of pairs, triplets, labelled and scored texts."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -143,7 +144,7 @@ class TextContrast(OfTexts, ContrastiveTask):
     def load_data(self, *, train: bool = True) -> Data:
         """Read the rows; labelled training rows always, since the held-out ones are compared with them."""
         labelled = self.form == "labelled"
-        names = classes_in((*self.config.data.train, *(self.config.data.eval or ()))) if labelled else None
+        names = classes_in(self.config.data.train) if labelled else None
         return self.read_texts(train=train or labelled, labels=names)
 
     def check_evaluation(self, data: Data) -> None:
@@ -179,7 +180,7 @@ class TextContrast(OfTexts, ContrastiveTask):
             return embed_rows(model, [row.tokens[column] for row in rows], batch_size)
 
         if self.form == "labelled":
-            known = [row for part in data.train for row in part.examples][:REFERENCES]
+            known = references([row for part in data.train for row in part.examples])
             found = vectors(rows, "text")
             return {**figures, **by_class(vectors(known, "text"), classes(known), found, classes(rows))}, found
         columns = {name: vectors(rows, name) for name in rows[0].tokens}
@@ -203,6 +204,19 @@ def by_class(known: Any, there: list[int], vectors: Any, labels: list[int]) -> d
     """Return accuracy by the nearest of known vectors, and of a linear probe that is fitted to them."""
     nearest = knn_accuracy(known, there, vectors, labels, k=min(NEIGHBOURS, len(known)))
     return {"knn_accuracy": nearest, "probe_accuracy": linear_probe(known, there, vectors, labels)}
+
+
+def references(rows: list[Any]) -> list[Any]:
+    """Return the training rows that held-out ones are compared with: all, or of many the first of each class."""
+    if len(rows) <= REFERENCES:
+        return rows
+    seen: Counter[int] = Counter()
+    share = max(1, REFERENCES // len({row.value for row in rows}))
+    kept = []
+    for row in rows:
+        seen[row.value] += 1
+        kept += [row] if seen[row.value] <= share else []
+    return kept
 
 
 def classes(rows: list[Any]) -> list[int]:
