@@ -8,7 +8,7 @@ import pytest
 import jaxft
 
 CONFIG = """task: {task}
-model: {{path: base, pooling: mean}}
+model: {{path: base}}
 method: {{name: {method}}}
 data: {{train: {data}, eval: {data}, format: {form}}}
 optimizer: {{learning_rate: 1e-3}}
