@@ -1,6 +1,7 @@
 """jaxft: fine-tuning in JAX. A method is what it attaches to the model, plus which leaves of the pytree it trains."""
 
 from . import data, losses, testing
+from .embedding import embed
 from .errors import (
     BatchError,
     CheckpointError,
@@ -18,6 +19,7 @@ from .errors import (
 from .generation.generate import generate, generate_ids
 from .interop.export import save_model
 from .interop.folder import load_adapter, save_adapter
+from .interop.sentence_transformers import save_sentence_transformer
 from .interop.serving import save_serving
 from .loading import load
 from .methods import IA3, Adapter, BitFit, Full, LoRA, Method, PrefixTuning, PromptTuning, PTuning, PTuningV2
@@ -68,6 +70,7 @@ __all__ = [
     "data",
     "decay_mask",
     "detach",
+    "embed",
     "generate",
     "generate_ids",
     "leaves",
@@ -81,6 +84,7 @@ __all__ = [
     "partition",
     "save_adapter",
     "save_model",
+    "save_sentence_transformer",
     "save_serving",
     "select",
     "set_adapter",

@@ -34,6 +34,8 @@ class Form(StrEnum):
     merged = "merged"
     adapters = "adapters"
     serving = "serving"
+    sentence_transformers = "sentence-transformers"
+    sentence_transformers_adapter = "sentence-transformers-adapter"
 
 
 @app.command()
@@ -120,14 +122,43 @@ def generate(
 
 
 @app.command()
+def embed(
+    run_or_model: Annotated[str, typer.Argument(help="A run, a model folder or a hub id.", metavar="RUN_OR_MODEL")],
+    file: Annotated[
+        str, typer.Argument(help="Rows with `text`; or images: a folder, npz, idx, table.", metavar="FILE")
+    ],
+    output: Annotated[str, typer.Option(help="A file for the vectors.", metavar="OUT.npy|OUT.parquet")],
+    adapter: Annotated[str | None, typer.Option(help="An adapter to load, peft's or ours.", metavar="DIR")] = None,
+    column: Annotated[str | None, typer.Option(help="Another column with the text, or the image.")] = None,
+    split: Annotated[str, typer.Option(help="The split, of a hub data set or npz file.")] = "train",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 32,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a text at most; by default the model's.")
+    ] = None,
+    normalize: Annotated[
+        bool | None, typer.Option(help="Vectors of length 1; by default as the model's folder says, else not.")
+    ] = None,
+) -> None:
+    """Write one vector for each row of a file, in its order: .npy [N, D] float32, or .parquet with the row's place."""
+    from .tasks.embed import embed_file
+
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "normalize": normalize}
+    shape = embed_file(run_or_model, file, output, adapter=adapter, column=column, split=split, **options)
+    print(f"{shape[0]:,} vectors of {shape[1]} in {output}")
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="A finished run's folder.", metavar="RUN")],
     format: Annotated[
-        Form, typer.Option(help="peft, adapters: the adapter; serving: as a plain LoRA; merged: a whole model.")
+        Form,
+        typer.Option(
+            help="peft, adapters: the adapter; serving: as a plain LoRA; merged, sentence-transformers: a whole model."
+        ),
     ],
     output: Annotated[str, typer.Option(help="A new folder.", metavar="DIR")],
 ) -> None:
-    """Write what a run has made, for peft, transformers or an engine that serves adapters to load."""
+    """Write what a run has made, for peft, transformers, sentence-transformers or an engine of adapters to load."""
     from .run import CONFIG, RunFolder
     from .tasks import use
 

@@ -13,6 +13,8 @@ from .methods.method import adapters, copy_tree, detach
 from .methods.switch import set_adapter
 from .models.base import Model
 from .models.hub import load_model, resolve
+from .models.sentence_folder import read_sentence_folder
+from .models.tensors import read_json
 from .run import RunFolder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -30,8 +32,9 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        path_or_hub_id: A folder in Hugging Face layout with safetensors, one file or a sharded index; a hub id; or the
-            folder of a finished run: its model, or the model that it began with and its adapter, active.
+        path_or_hub_id: A folder in Hugging Face layout with safetensors, one file or a sharded index, or one of
+            sentence-transformers, which says how the model pools too; a hub id; or the folder of a finished run: its
+            model, or the model that it began with and its adapter, active.
         dtype: Dtype of parameters and computation, `jnp.bfloat16` or `"bfloat16"` say; None: the checkpoint's own.
         mesh: Split the parameters over a mesh of `jaxft.make_mesh`; each part goes to its device as it is read.
         remat: `"none"`, or `"full"`: recompute each layer in the backward pass, for memory.
@@ -60,6 +63,13 @@ def load(
     folder = resolve(path_or_hub_id, weights=not abstract)
     tokenizer = load_tokenizer(folder)
     options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "abstract": abstract, "labels": labels}
+    said = read_sentence_folder(folder)
+    if said.adapter and said.fields:
+        base = read_json(said.transformer / "adapter_config.json").get("base_model_name_or_path")
+        if not base:
+            raise CheckpointError(f"{said.transformer / 'adapter_config.json'}: base_model_name_or_path is missing")
+        model = load_adapter(load(base, **options)[0], said.transformer)
+        return with_config(model, **said.fields), tokenizer
     model = load_model(folder, **options, source=str(path_or_hub_id))
     return model, (processor_of(model, folder) if "pixel_values" in model.inputs else tokenizer)
 
@@ -88,7 +98,8 @@ def load_run(
     if not run.finished:
         raise RunError(f"{run.path}: the run has not finished, so there is no model yet; go on with --resume")
     if run.model.is_dir():
-        return load(run.model, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract, labels=labels)
+        model, tokenizer = load(run.model, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract, labels=labels)
+        return as_pooled(model, run), tokenizer
     if abstract:
         raise RunError(f"{run.path}: an adapter is read with its weights; give the base model for shapes alone")
     config = run.config()
@@ -97,14 +108,25 @@ def load_run(
     model, tokenizer = load(config.model.source, **options, labels=labels)
     if config.method is None and adapters(model):  # it went on with the adapter that it found, which this one replaces
         model = detach(model, next(reversed(adapters(model))))
-    model = load_adapter(model, run.adapter, name=free_name(model))
+    model = load_adapter(as_pooled(model, run), run.adapter, name=free_name(model))
     return (set_adapter(model, dict.fromkeys(adapters(model), 1.0)) if adapters(model) else model), tokenizer
 
 
+def as_pooled(model: Any, run: RunFolder) -> Any:
+    """Return a model that pools as a run's config says, where it says so."""
+    pooling = run.config().model.pooling
+    return model if pooling is None else with_pooling(model, pooling)
+
+
 def with_pooling(model: Any, pooling: str) -> Any:
-    """Return a model, of the same arrays, that pools otherwise: `"cls"`, `"mean"`, `"max"` or `"last"`."""
+    """Return a model, of the same arrays, that pools otherwise, its head too: a mode of `models.pooling.pool`."""
+    return with_config(model, pooling=pooling, head_pooling=pooling if model.config.labels else None)
+
+
+def with_config(model: Any, **fields: Any) -> Any:
+    """Return a model, of the same arrays, with other fields of its config that say how vectors are made."""
     fresh = copy_tree(model)
-    fresh.config = model.config.replace(pooling=pooling)
+    fresh.config = model.config.replace(**fields)
     return fresh
 
 
@@ -116,11 +138,24 @@ def free_name(model: Any) -> str:
 
 def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a folder, None where it has none."""
+    said = read_sentence_folder(folder)
+    folder = said.transformer
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return lower_case(tokenizer) if said.lower_case else tokenizer
     except Exception as error:  # whatever a damaged file makes of it
         raise CheckpointError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error})") from error
+
+
+def lower_case(tokenizer: Any) -> Any:
+    """Return a tokenizer of transformers that puts texts in lower case first, as `do_lower_case` asks."""
+    from tokenizers import normalizers
+
+    core = tokenizer.backend_tokenizer
+    before = [] if core.normalizer is None else [core.normalizer]
+    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+    return tokenizer

@@ -41,7 +41,7 @@ class Plan:
         mesh: How many of them are used along each axis.
         remat: What the backward pass recomputes.
         rows: Rows of a step, over all devices.
-        width: Tokens of the widest row.
+        width: Tokens of the widest row; 0 of images.
         trainable_parameters: Trained numbers.
         total_parameters: All numbers of the model.
         parameters_bytes: Trained and frozen leaves.
@@ -83,6 +83,7 @@ class Plan:
         more = f", of {self.devices} (`mesh: {{data: -1}}` uses them all)" if used < self.devices else ""
         kinds = None if self.collectives is None else [f"{n} {name}" for name, n in self.collectives.items()]
         sent = "not read" if kinds is None else ", ".join(kinds) or "none"
+        what = f"rows x {self.width:,} tokens" if self.width else "images"
         lines = {
             "parameters": self.parameters_bytes,
             "optimizer": self.optimizer_bytes,
@@ -93,7 +94,7 @@ class Plan:
         return "\n".join(
             [
                 f"{used} x {self.device} ({axes}){more}",
-                f"{self.rows} rows x {self.width:,} tokens a step, remat {self.remat}",
+                f"{self.rows} {what} a step, remat {self.remat}",
                 f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters trained ({percent:.2f} %)",
                 "",
                 *(f"{name:14}{size / GIB:9.2f} GiB a device" for name, size in lines.items()),
@@ -157,7 +158,7 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         mesh={"data": 1, "fsdp": 1, "tensor": 1} if mesh is None else dict(mesh.shape),
         remat=state.frozen.config.remat,
         rows=config.train.batch_size,
-        width=batch["input_ids"].shape[1],
+        width=max((x.shape[1] for name, x in batch.items() if name.endswith("input_ids")), default=0),
         trainable_parameters=report.trainable,
         total_parameters=report.total,
         parameters_bytes=_device_bytes((state.trainable, state.frozen)),

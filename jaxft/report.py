@@ -1,20 +1,27 @@
 """Pictures of a run."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 from .errors import RunError
 
+ANSWERS = {"accuracy": "answers exactly right (share)"}
 
-def plot_curves(metrics: Path, picture: Path, title: str = "") -> Path:
+
+def plot_curves(
+    metrics: Path, picture: Path, title: str = "", *, unit: str = "nats per token", shown: Mapping[str, str] = ANSWERS
+) -> Path:
     """Draw a run's curves from its `metrics.jsonl`.
 
     Args:
         metrics: The file.
         picture: Where the PNG goes.
         title: Written above it.
+        unit: What the loss is in.
+        shown: Figures of the evaluations that the second panel shows, each with its name there.
 
     Returns:
         The picture.
@@ -33,12 +40,14 @@ def plot_curves(metrics: Path, picture: Path, title: str = "") -> Path:
     if not rows:
         raise RunError(f"{metrics}: nothing was logged, so there is nothing to draw")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(rows, title).savefig(picture, dpi=120)
+    draw(rows, title, unit=unit, shown=shown).savefig(picture, dpi=120)
     return picture
 
 
-def draw(rows: list[dict[str, Any]], title: str = "") -> Any:
-    """Return a matplotlib figure: losses; then accuracy where it was measured, else the learning rate."""
+def draw(
+    rows: list[dict[str, Any]], title: str = "", *, unit: str = "nats per token", shown: Mapping[str, str] = ANSWERS
+) -> Any:
+    """Return a matplotlib figure: losses; then the figures to show where they were measured, else the learning rate."""
     from matplotlib.figure import Figure  # no pyplot: it keeps figures in a global state, and wants a screen
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
@@ -48,13 +57,17 @@ def draw(rows: list[dict[str, Any]], title: str = "") -> Any:
     left.plot(*_series(rows, "loss"), color="tab:blue", linewidth=1, marker=".", markersize=3, label="training")
     if any("eval_loss" in row for row in rows):
         left.plot(*_series(rows, "eval_loss"), color="tab:orange", marker="o", label="held out")
-    left.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
-    accuracies = sorted({key for row in rows for key in row if key.startswith("eval_accuracy")})
-    for key in accuracies:
-        name = key.removeprefix("eval_accuracy").lstrip("/") or "all"
-        right.plot(*_series(rows, key), marker="o", label=name, color="tab:green" if name == "all" else None)
-    if accuracies:
-        right.set(xlabel="step", ylabel="answers exactly right (share)", title="Held-out accuracy", ylim=(-0.03, 1.03))
+    left.set(xlabel="step", ylabel=f"loss ({unit})", title="Loss")
+    measured = {key.removeprefix("eval_") for row in rows for key in row if key.startswith("eval_")}
+    keys = [(name, key) for name in shown for key in sorted(measured) if key.partition("/")[0] == name]
+    several = len({name for name, _ in keys}) > 1
+    for name, key in keys:
+        source = key.partition("/")[2]
+        label = " ".join([shown[name], *([source] if source else [])]) if several else source or "all"
+        right.plot(*_series(rows, f"eval_{key}"), marker="o", label=label)
+    if keys:
+        lowest = min([-0.03, *(value for _, key in keys for value in _series(rows, f"eval_{key}")[1])])
+        right.set(xlabel="step", ylabel="" if several else shown[keys[0][0]], title="Held out", ylim=(lowest, 1.03))
     else:
         right.plot(*_series(rows, "learning_rate"), color="tab:gray", marker=".", markersize=3)
         right.set(xlabel="step", ylabel="learning rate", title="Learning rate")

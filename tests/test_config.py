@@ -302,3 +302,47 @@ def test_words_of_yaml_1_1_are_text():
     tree, _, problems = parse("a: [on, off, yes, no, 12:30, 0o10, 0x1F, true, null, '5']", "c.yaml")
     assert tree == {"a": ["on", "off", "yes", "no", "12:30", 8, 31, True, None, "5"]}
     assert not problems
+
+
+SIMILAR = """task: contrastive
+model: {path: m, pooling: mean}
+method: {name: lora}
+data: {train: pairs.csv, format: scored_pairs, score_range: [0, 5]}
+contrastive: {loss: cosent, temperature: 0.05}
+output: runs/a
+"""
+TASK_FAULTS = [
+    ("format: scored_pairs", "format: text", "c.yaml:4: data.train.0.format: task contrastive reads pairs, triplets"),
+    ("task: contrastive", "task: classify", "c.yaml:4: data.train.0.format: task classify reads labelled, images"),
+    ("task: contrastive", "task: sft", "c.yaml:5: contrastive: this section is for task: contrastive, and the task is"),
+    ("loss: cosent", "loss: cosnet", "c.yaml:5: contrastive.loss: 'cosnet' is not one of info_nce, "),
+    ("temperature: 0.05", "temperature: 0", "c.yaml:5: contrastive.temperature: "),
+    ("temperature: 0.05", "augmentation: {flips: 1}", "c.yaml:5: contrastive.augmentation.flips: unknown key; neare"),
+    ("[0, 5]", "[5, 0]", "c.yaml:4: data.score_range: the lowest score and then the highest are expected, these are 5"),
+    ("[0, 5]", "[0, 5], packing: true", "c.yaml:4: data.packing: only task: sft packs rows"),
+    ("output: runs/a", "output: o\nclassify: {labels: [a]}", "c.yaml:7: classify: this section is for task: classify"),
+    ("output: runs/a", "output: o\nevaluation: {exact_match: true}", "c.yaml:7: evaluation.exact_match: it compares"),
+    ("pooling: mean", "pooling: first", "c.yaml:2: model.pooling: 'first' is not one of cls, mean, max, last"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), TASK_FAULTS)
+def test_what_does_not_go_with_the_task(tmp_path, old, new, message):
+    assert SIMILAR.count(old) == 1
+    assert message in refused(tmp_path, SIMILAR.replace(old, new))
+
+
+def test_a_config_of_another_task_comes_back(tmp_path):
+    config = load_config(write(tmp_path, SIMILAR))
+    assert config.contrastive.loss == "cosent" and config.data.score_range == (0.0, 5.0)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+def test_the_schema_and_the_tasks_know_the_same_formats():
+    from jaxft.config.schema import FORMATS
+    from jaxft.tasks.registry import TASKS
+
+    taken = {name: {form for task in tasks for form in task.formats} for name, tasks in TASKS.items()}
+    assert taken == {name: set(forms) for name, forms in FORMATS.items()}

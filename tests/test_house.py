@@ -18,13 +18,16 @@ ROWS = [
     ["losses"],
     ["generation"],
     ["data"],
+    ["embedding"],
     ["train"],
     ["interop"],
     ["config"],
     ["run"],
     ["loading"],
     ["scores"],
-    ["report"],
+    ["similarity"],
+    ["probes"],
+    ["report", "embedding_picture"],
     ["tasks"],
     ["flops"],
     ["plan"],
@@ -60,7 +63,7 @@ MODELS = [
 ]
 INSIDE = {
     "parallel": ["rules", "mesh", "topology", "__init__"],
-    "models": [*MODELS, "placement", "tensors", "hub"],
+    "models": [*MODELS, "placement", "tensors", "sentence_folder", "hub"],
     "methods": [
         "linear",
         "stacking",
@@ -108,7 +111,7 @@ INSIDE = {
     "generation": ["sampling", "generate", "__init__"],
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing"],
     "config": ["tree", "schema", "load", "__init__"],
-    "tasks": ["__init__", "start", "task", "sft", "registry", "fingerprints", "train", "use"],
+    "tasks": ["__init__", "start", "task", "sft", "texts", "pictures", "classify", "contrastive"],
     "interop": [
         "entries",
         "adapters",
@@ -125,9 +128,10 @@ INSIDE = {
 }
 INSIDE["methods"] += ["report", "merge", "average", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
-INSIDE["interop"] += ["export", "__init__"]
-INSIDE["data"] += ["labels", "pixels", "image_files", "images", "augment", "regions", "__init__"]
+INSIDE["interop"] += ["export", "sentence_transformers", "__init__"]
+INSIDE["data"] += ["labels", "columns", "pixels", "image_files", "images", "augment", "regions", "__init__"]
 INSIDE["train"] += ["trackers", "stop", "lock", "memory", "__init__"]
+INSIDE["tasks"] += ["images", "registry", "fingerprints", "train", "embed", "use"]
 INSIDE["compare"] = ["contestants", "runs", "table", "picture", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -186,7 +190,7 @@ def test_public_names():
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
         *("PTuning", "PTuningV2", "PrefixTuning", "PromptTuning"),
         *("IA3", "save_serving", "save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
-        *("add_weighted_adapter", "average_adapters"),
+        *("add_weighted_adapter", "average_adapters", "embed", "save_sentence_transformer"),
     }
 
 

@@ -16,7 +16,7 @@ from jaxft.models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-YAML = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[0]
+YAML, SIMILAR = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -31,11 +31,16 @@ def folder(tmp_path_factory):
     (where / "text.jsonl").write_text('{"text": "reverse: stone -> enots"}\n' * 8)
     (where / "configs").symlink_to(ROOT / "configs")
     (where / "my.yaml").write_text(YAML)
+    jaxft.save_model(jaxft.testing.tiny_bert(vocab_size=300), where / "my-encoder", make_tokenizer())
+    pairs = "sentence1,sentence2,score\n" + "".join(f"the cat,the mat {i},{i % 6}\n" for i in range(40))
+    for name in ("train.csv", "test.csv"):
+        (where / name).write_text(pairs)
+    (where / "similar.yaml").write_text(SIMILAR)
     return where
 
 
 def test_the_code_runs(folder, monkeypatch, capsys):
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     monkeypatch.chdir(folder)
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), {})
@@ -45,6 +50,7 @@ def test_the_code_runs(folder, monkeypatch, capsys):
     merged, tokenizer = jaxft.load("out/merged")
     assert merged(jnp.array([tokenizer("the cat")["input_ids"]])).shape[-1] == 300
     assert "It is 0.</s>" in printed
+    assert "(2, 32)" in printed
 
 
 @pytest.mark.slow
@@ -52,12 +58,13 @@ def test_the_command_lines_run(folder, monkeypatch, capsys):
     """Each in the order of the README, in one folder; the quickstart's own config for three steps."""
     monkeypatch.chdir(folder)
     lines = re.findall(r"^jaxft ([^\\\n]+(?:\\\n[^\\\n]+)*)", README, re.MULTILINE)
-    assert len(lines) == 13
+    assert len(lines) == 16
     assert {line.split()[0] for line in lines} == {
         "train",
         "validate",
         "evaluate",
         "generate",
+        "embed",
         "export",
         "plan",
         "compare",

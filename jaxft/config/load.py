@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from ..errors import ConfigError, JaxftError, nearest, refuse
 from ..methods import METHODS
-from .schema import Config, frozen, keys_at, make_one
+from .schema import FORMATS, Config, frozen, keys_at, make_one
 from .tree import Path, Places, dotted, parse, path_of, place_of, put
 
 KINDS = {
@@ -212,11 +212,37 @@ def _together(tree: dict[str, Any]) -> Iterator[tuple[Path, str]]:
             yield ("model", "path"), "it is missing (or model.config, a shape without weights, for jaxft plan)"
         if model.get("config") is not None and model.get("init") == "random":
             yield ("model", "config"), "random weights take the shape of model.path: leave it out"
+    yield from _of_task(tree, data, evaluation)
     warmup, steps = optimizer.get("warmup_steps"), train.get("steps")
     if type(warmup) is int and type(steps) is int and 1 <= steps <= warmup:
         yield ("optimizer", "warmup_steps"), f"{warmup} of {steps} steps: none would be left"
     if data.get("eval") is None and (evaluation.get("exact_match") is True or evaluation.get("scores")):
         yield ("evaluation",), "answers are compared on held-out rows: set data.eval"
+
+
+def _of_task(tree: dict[str, Any], data: Any, evaluation: Any) -> Iterator[tuple[Path, str]]:
+    """Check that formats, sections and options are those of the task."""
+    task = tree.get("task")
+    if not isinstance(task, str) or task not in FORMATS:
+        return
+    for key in ("train", "eval"):
+        sources = data.get(key)
+        for i, source in enumerate(sources if isinstance(sources, list) else ()):
+            form = source.get("format") if isinstance(source, dict) else None
+            if isinstance(form, str) and form not in FORMATS[task] and any(form in known for known in FORMATS.values()):
+                at: Path = ("data", key, i, "format")
+                yield at, f"task {task} reads {', '.join(FORMATS[task])}, this is {form!r}"
+    for name in FORMATS:
+        if name != task and tree.get(name) is not None:
+            yield (name,), f"this section is for task: {name}, and the task is {task}"
+    if task != "sft":
+        if data.get("packing") is True:
+            yield ("data", "packing"), f"only task: sft packs rows, and the task is {task}"
+        if data.get("template") is not None:
+            yield ("data", "template"), f"only task: sft has instructions, and the task is {task}"
+        for key in ("exact_match", "scores"):
+            if evaluation.get(key):
+                yield ("evaluation", key), f"it compares written answers, which task: {task} has none of"
 
 
 def _explained(error: ValidationError, places: Places) -> list[tuple[str, str]]:

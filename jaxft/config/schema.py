@@ -9,7 +9,16 @@ from pydantic_core import PydanticCustomError
 from ..errors import ConfigError
 from ..methods import METHODS, Method
 
-Format = Literal["instruction", "prompt_completion", "messages", "text"]
+SftFormat = Literal["instruction", "prompt_completion", "messages", "text"]
+Format = Literal[SftFormat, "pairs", "triplets", "labelled", "scored_pairs", "images", "regions"]
+ContrastiveKind = Literal[
+    "info_nce", "nt_xent", "supervised_contrastive", "triplet", "cosent", "cosine_regression", "pairwise_contrastive"
+]
+FORMATS: dict[str, tuple[str, ...]] = {  # what each task reads
+    "sft": get_args(SftFormat),
+    "classify": ("labelled", "images"),
+    "contrastive": ("pairs", "triplets", "labelled", "scored_pairs", "images", "regions"),
+}
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -81,15 +90,26 @@ class TemplateText(Section):
 
 
 class Data(Section):
-    """Rows for training, and held-out rows; packed, a row of `batch_size` is a pack of `max_length` tokens."""
+    """Rows for training, and held-out rows; packed, a row of `batch_size` is a pack of `max_length` tokens.
+
+    `score_range`: lowest and highest score of `scored_pairs`.
+    """
 
     train: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)]
     eval: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)] | None = None
     format: Format | None = None
     max_length: Annotated[int, Field(ge=2)] = 1024
     packing: bool = False
+    score_range: Annotated[tuple[float, float], Field(strict=False)] = (0.0, 1.0)
     template: TemplateText | None = None
     skip_bad_rows: bool = False
+
+    @field_validator("score_range")
+    @classmethod
+    def _rises(cls, span: tuple[float, float]) -> tuple[float, float]:
+        if not span[0] < span[1]:
+            raise wrong(f"the lowest score and then the highest are expected, these are {span[0]} and {span[1]}")
+        return span
 
     @field_validator("train", "eval")
     @classmethod
@@ -163,6 +183,48 @@ class Evaluation(Section):
     batch_size: Count | None = None
 
 
+class Classify(Section):
+    """What a classification needs besides: names of the classes (None: those that occur), or numbers to be met.
+
+    `contrastive_steps`: so many steps first pull the vectors of a class together (at `temperature`); the head follows.
+    """
+
+    labels: Annotated[tuple[Text, ...], Field(min_length=2, strict=False)] | None = None
+    problem: Literal["single_label", "regression"] = "single_label"
+    contrastive_steps: Annotated[int, Field(ge=0)] = 0
+    temperature: Positive = 0.1
+
+
+class Augmentation(Section):
+    """How two views of one image are made: as `jaxft.data.Augmentation`, 0 leaves a change out."""
+
+    crop: Annotated[float, Field(gt=0, le=1)] = 0.2
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.8
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.4
+    grey: Annotated[float, Field(ge=0, le=1)] = 0.2
+    blur: Annotated[float, Field(ge=0, le=1)] = 0.0
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    noise_std: Annotated[float, Field(ge=0)] = 0.05
+
+
+class Contrastive(Section):
+    """What pulls positives together and pushes negatives apart; `loss` None: the one that goes with the format.
+
+    `chunk`: rows that are in memory at once, of a batch that would not fit (gradient caching).
+    """
+
+    loss: ContrastiveKind | None = None
+    temperature: Positive = 0.05
+    learn_temperature: bool = False
+    symmetric: bool = False
+    margin: Positive | None = None
+    chunk: Count | None = None
+    augmentation: Augmentation = Augmentation()
+
+
 class Contestant(Section):
     """What `jaxft compare` trains under one name: a method, and the learning rate that suits it."""
 
@@ -176,7 +238,7 @@ class Config(Section):
     What must fit across its sections, `load_config` checks.
     """
 
-    task: Literal["sft"]
+    task: Literal["sft", "classify", "contrastive"]
     model: Model
     method: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, strict=False)] | None = None
     data: Data
@@ -184,6 +246,8 @@ class Config(Section):
     train: Train = Train()
     mesh: Mesh | None = None
     evaluation: Evaluation = Evaluation()
+    classify: Classify | None = None
+    contrastive: Contrastive | None = None
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
     compare: dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*$")], Contestant] = {}
     output: Text

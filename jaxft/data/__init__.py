@@ -1,7 +1,8 @@
 """Rows to batches: every format to the exact token, mixtures in exact proportions, one order a seed; pictures."""
 
 from .augment import Augmentation, augment, two_views
-from .batches import TrainBatches, collate, eval_batches
+from .batches import GroupedBatches, TrainBatches, collate, eval_batches
+from .columns import Reading, Texts, collate_texts, load_columns
 from .formats import FORMATS, prompt_and_completion
 from .images import ImageDataset, load_images
 from .packing import PackedBatches, pack
@@ -17,15 +18,20 @@ __all__ = [
     "Augmentation",
     "Dataset",
     "Example",
+    "GroupedBatches",
     "ImageDataset",
     "ImageProcessor",
     "PackedBatches",
+    "Reading",
     "RegionDataset",
     "Template",
+    "Texts",
     "TrainBatches",
     "augment",
     "collate",
+    "collate_texts",
     "eval_batches",
+    "load_columns",
     "load_dataset",
     "load_images",
     "load_regions",

@@ -1,6 +1,6 @@
 """Batches of equal work: rows of like length together, padded to few widths, in one exact order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,17 @@ from .tokens import IGNORED, Example
 
 Batch = dict[str, np.ndarray[Any, Any]]
 NARROWEST = 32
+NARROWEST_TEXT = 8  # of what encoders read: texts are short, and there is no loss over every token to hide the padding
 WINDOW = 16  # batches whose rows are sorted by length together
 
 
-def width_of(length: int) -> int:
+def width_of(length: int, narrowest: int = NARROWEST) -> int:
     """Return the width that a row is padded to: 32, 48, 64, 96, 128, 192, ..., so that few programs are compiled.
 
     >>> [width_of(n) for n in (1, 33, 64, 65, 200)]
     [32, 48, 64, 96, 256]
     """
-    width = NARROWEST
+    width = narrowest
     while width < length:  # powers of two, and half-way between them
         width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
     return width
@@ -89,6 +90,8 @@ class TrainBatches:
         batch_size: Rows of a batch.
         seed: Of every order.
         steps: Batches of the run; None: endless.
+        collate: Makes a batch of rows, called as `collate(examples, rows=batch_size)`.
+        window: Batches whose rows are sorted by length together; 1: none, a batch's rows are a random draw.
 
     Raises:
         DataError: Fewer rows than one batch.
@@ -100,32 +103,42 @@ class TrainBatches:
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
 
-    def __init__(self, datasets: Sequence[Dataset], *, batch_size: int, seed: int = 0, steps: int | None = None):
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        steps: int | None = None,
+        collate: Callable[..., Batch] = collate,
+        window: int = WINDOW,
+    ):
         rows = sum(map(len, datasets))
         if rows < batch_size:
             raise DataError(f"{rows} rows are fewer than one batch of {batch_size}: lower train.batch_size")
         self.order = endless_order(datasets, seed)
         self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
         self.steps = 1 << 40 if steps is None else steps
-        self._window: tuple[int, list[list[Example]]] = (-1, [])
+        self.collate, self.window = collate, window
+        self._window: tuple[int, list[list[Any]]] = (-1, [])
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, n: int) -> Batch:
         """Return batch n."""
-        return collate(self.examples(n), rows=self.batch_size)
+        return self.collate(self.examples(n), rows=self.batch_size)
 
-    def examples(self, n: int) -> list[Example]:
+    def examples(self, n: int) -> list[Any]:
         """Return the rows of batch n."""
-        window, place = divmod(n, WINDOW)
+        window, place = divmod(n, self.window)
         if self._window[0] != window:
             self._window = (window, self._deal(window))
         return self._window[1][place]
 
-    def _deal(self, window: int) -> list[list[Example]]:
-        size, first = self.batch_size, window * WINDOW
-        batches = min(WINDOW, self.steps - first)
+    def _deal(self, window: int) -> list[list[Any]]:
+        size, first = self.batch_size, window * self.window
+        batches = min(self.window, self.steps - first)
         picked = [self.order[i] for i in range(first * size, (first + batches) * size)]
         rows = sorted((self.datasets[source].examples[row] for source, row in picked), key=len)
         places = np.random.default_rng([self.seed, window]).permutation(batches)
@@ -136,7 +149,43 @@ class TrainBatches:
         return ahead(self, start)
 
 
-def eval_batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
+class GroupedBatches(TrainBatches):
+    """The batches of a run whose rows have a class (`value`): each row that is drawn comes with another of its class.
+
+    So every batch holds positives, however many classes there are; a row that is the only one of its class comes alone
+    and another is drawn. Arguments as of `TrainBatches`; a round of the order is seen in twice as many batches.
+
+    >>> from jaxft.data.columns import Texts, collate_texts
+    >>> rows = [Texts({"text": {"input_ids": np.array([i + 1])}}, {}, i % 4, "") for i in range(12)]
+    >>> batches = GroupedBatches([Dataset(rows)], batch_size=4, collate=collate_texts, steps=5)
+    >>> sorted(np.unique(batches[3]["labels"], return_counts=True)[1].tolist()) in ([2, 2], [4])
+    True
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], **options: Any):
+        super().__init__(datasets, **options)
+        self.classes: dict[Any, list[tuple[int, int]]] = {}
+        for source, data in enumerate(datasets):
+            for row, example in enumerate(data.examples):
+                self.classes.setdefault(example.value, []).append((source, row))
+
+    def examples(self, n: int) -> list[Any]:
+        """Return the rows of batch n."""
+        picked: list[tuple[int, int]] = []
+        draw = np.random.default_rng([self.seed, n])
+        drawn = n * -(-self.batch_size // 2)
+        while len(picked) < self.batch_size:
+            first = tuple(self.order[drawn])
+            drawn += 1
+            others = [at for at in self.classes[self._row(first).value] if at != first]
+            picked += [first, others[draw.integers(len(others))]] if others else [first]
+        return [self._row(at) for at in picked[: self.batch_size]]
+
+    def _row(self, at: Any) -> Any:
+        return self.datasets[at[0]].examples[at[1]]
+
+
+def eval_batches(examples: Sequence[Any], batch_size: int, collate: Callable[..., Batch] = collate) -> Iterator[Batch]:
     """Yield every example once, rows of like length together; the last batch is filled up with padding.
 
     >>> from jaxft.data.tokens import example

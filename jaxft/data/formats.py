@@ -35,15 +35,15 @@ def prompt_and_completion(tokenizer: Any, prompt: str, completion: str) -> Examp
 
 
 def _instruction(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> Example:
-    texts = {name: _text(fields, name) for name in ("instruction", "output")}
+    texts = {name: text_of(fields, name) for name in ("instruction", "output")}
     given = fields.get("input")
-    texts["input"] = _text(fields, "input", empty=True) if given is not None else ""
+    texts["input"] = text_of(fields, "input", empty=True) if given is not None else ""
     return prompt_and_completion(tokenizer, template.render(texts), texts["output"])
 
 
 def _prompt_completion(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> Example:
     del template
-    return prompt_and_completion(tokenizer, _text(fields, "prompt"), _text(fields, "completion"))
+    return prompt_and_completion(tokenizer, text_of(fields, "prompt"), text_of(fields, "completion"))
 
 
 def _messages(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> Example:
@@ -55,7 +55,7 @@ def _messages(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> 
         raise DataError(
             "messages: tool_calls are not supported: leave the conversation out, or write the call as content"
         )
-    said = [{**turn, "role": _role(turn), "content": _text(turn, "content", empty=True)} for turn in turns]
+    said = [{**turn, "role": _role(turn), "content": text_of(turn, "content", empty=True)} for turn in turns]
     answers = [turn["content"] for turn in said if turn["role"] == "assistant"]
     if not any(answer.strip() for answer in answers):
         raise DataError("messages: the assistant says nothing in this conversation, so nothing would be trained")
@@ -64,7 +64,7 @@ def _messages(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> 
 
 def _document(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> Example:
     del template
-    ids = closed_text(tokenizer, opening(tokenizer, _text(fields, "text")))
+    ids = closed_text(tokenizer, opening(tokenizer, text_of(fields, "text")))
     return example(ids, [True] * len(ids))
 
 
@@ -83,14 +83,18 @@ FORMATS: dict[str, Encode] = {
 
 
 def _role(turn: Mapping[str, Any]) -> str:
-    role = _text(turn, "role")
+    role = text_of(turn, "role")
     if role not in ROLES:
         raise DataError(f"messages: unknown role {role!r}; there are {', '.join(ROLES)}")
     return role
 
 
-def _text(fields: Mapping[str, Any], name: str, *, empty: bool = False) -> str:
-    """Return a column that must hold text."""
+def text_of(fields: Mapping[str, Any], name: str, *, empty: bool = False) -> str:
+    """Return a column that must hold text.
+
+    Raises:
+        DataError: It is missing, no text, empty where it must not be, or holds half a character.
+    """
     value = fields.get(name)
     if not isinstance(value, str):
         raise DataError(f"{name}: text is expected, {_lacks(name, fields)}")

@@ -1,5 +1,6 @@
 """Labels of rows as class ids: numbers as they are, names in alphabetical order."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,3 +49,23 @@ def class_id(label: int | str, classes: Sequence[str]) -> int:
     if isinstance(label, int) and label < len(classes) and not all(name.isdecimal() for name in classes):
         return label
     raise DataError(f"label: {label!r} is none of the {len(classes)} classes; {nearest(str(label), classes)}")
+
+
+def number_of(value: Any, column: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """Return a number, given as one or as its text, within a range.
+
+    Raises:
+        DataError: It is none, not finite, or outside the range.
+
+    >>> number_of("2.5", "score", 0, 5)
+    2.5
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{column}: a finite number is expected, this is {str(value)[:80]!r}")
+    if not low <= number <= high:
+        raise DataError(f"{column}: {number:g} is outside {low:g} to {high:g}; data.score_range says what is possible")
+    return number

@@ -54,10 +54,13 @@ class ImageProcessor:
 
     def __call__(self, images: Array) -> Array:
         """Map grey levels `[B, H, W, C]` uint8, of the model's size, to `pixel_values` `[B, C, H, W]` float32."""
-        return np.asarray(self.normalise(images.transpose(0, 3, 1, 2).astype(np.float32) * self.rescale_factor))
+        return np.asarray(self._normalise(images.transpose(0, 3, 1, 2).astype(np.float32) * self.rescale_factor))
 
     def normalise(self, images: Any) -> Any:
-        """Return `(x - mean) / std` of scaled images `[B, C, H, W]`, numpy's or JAX's."""
+        """Map images `[B, C, H, W]` with values from 0 to 1, numpy's or JAX's, to `pixel_values`."""
+        return self._normalise(images * (255 * self.rescale_factor))
+
+    def _normalise(self, images: Any) -> Any:
         mean, std = (np.asarray(x, np.float32).reshape(1, -1, 1, 1) for x in (self.mean, self.std))
         return (images - mean) / std
 

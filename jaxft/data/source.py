@@ -18,7 +18,7 @@ class Dataset:
     """The examples of one source.
 
     Attributes:
-        examples: In the order of the rows.
+        examples: In the order of the rows; each has a length, a `place`, and `parts()`, the bytes that tell it.
         name: What the source is called in figures.
         weight: Its share of a mixture, relative to the others'.
         skipped: Rows that were bad and left out, because that was asked for.
@@ -26,7 +26,7 @@ class Dataset:
         cut: Number of rows of which a part is trained and a part cut off.
     """
 
-    examples: Sequence[Example]
+    examples: Sequence[Any]
     name: str = "data"
     weight: float = 1.0
     skipped: tuple[BadRow, ...] = ()
@@ -80,18 +80,13 @@ def load_dataset(
     """
     if format not in FORMATS:
         raise DataError(f"format {format!r} is unknown; {nearest(format, FORMATS)}")
-    odd = [f"{key}: {format} rows have no such column; {nearest(key, COLUMNS[format])}" for key in columns or {}]
-    refuse(DataError, f"{path}: columns", [line for line in odd if line.split(":")[0] not in COLUMNS[format]])
+    check_columns(path, format, columns or {}, COLUMNS[format])
     if format == "messages":
         check_template(tokenizer)
     made = [
         _encode(row, tokenizer, format, template or Template(), columns or {}) for row in read_rows(path, split=split)
     ]
-    good = [one for one in made if isinstance(one, Example)]
-    bad = [one for one in made if isinstance(one, BadRow)]
-    if not skip_bad_rows:
-        hint = "correct them, or set data.skip_bad_rows to leave them out"
-        refuse(DataError, f"{path}: {len(bad)} of {len(good) + len(bad)} rows cannot be used ({hint})", map(str, bad))
+    good, bad = sorted_out(path, made, skip_bad_rows)
     cut = [example.cut(max_length) for example in good]
     kept = [example for example in cut if example.trained]
     reason = f"nothing to train is left of it within max_length {max_length}"
@@ -102,12 +97,48 @@ def load_dataset(
         refuse(DataError, f"{path}: no row is left to use", map(str, (*dropped, *bad)))
     return Dataset(
         kept,
-        name or (Path(path).name.split(".")[0] or str(path)),
+        name or stem(path),
         weight,
-        tuple(bad),
+        bad,
         dropped,
         sum(len(e) > max_length for e in good) - len(dropped),
     )
+
+
+def sorted_out(path: str | Path, made: Sequence[Any], skip_bad_rows: bool) -> tuple[list[Any], tuple[BadRow, ...]]:
+    """Return the good ones of what became of rows, and the bad ones, which may be there where they are skipped.
+
+    Raises:
+        DataError: Bad rows, each with its reason.
+    """
+    good, bad = ([one for one in made if isinstance(one, BadRow) is kind] for kind in (False, True))
+    if not skip_bad_rows:
+        hint = "correct them, or set data.skip_bad_rows to leave them out"
+        refuse(DataError, f"{path}: {len(bad)} of {len(made)} rows cannot be used ({hint})", map(str, bad))
+    return good, tuple(bad)
+
+
+def stem(path: str | Path) -> str:
+    """Return what a source is called if it has no other name."""
+    return Path(path).name.split(".")[0] or str(path)
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of a row under the names that its format has for them.
+
+    Raises:
+        DataError: The row lacks a column that is named.
+    """
+    absent = sorted(set(columns.values()) - set(row.fields))
+    if absent:
+        raise DataError(f"{absent[0]}: the row has no such column; it has {', '.join(map(repr, row.fields))}")
+    return {**row.fields, **{ours: row.fields[theirs] for ours, theirs in columns.items()}}
+
+
+def check_columns(path: str | Path, format: str, columns: Mapping[str, str], known: Sequence[str]) -> None:
+    """Refuse names of columns that a format does not have."""
+    odd = [f"{key}: {format} rows have no such column; {nearest(key, known)}" for key in columns if key not in known]
+    refuse(DataError, f"{path}: columns", odd)
 
 
 def _encode(
@@ -115,12 +146,8 @@ def _encode(
 ) -> Example | BadRow:
     if isinstance(row, BadRow):
         return row
-    fields = {**row.fields, **{ours: row.fields[theirs] for ours, theirs in columns.items() if theirs in row.fields}}
-    absent = sorted(set(columns.values()) - set(row.fields))
-    if absent:
-        return BadRow(row.place, f"{absent[0]}: the row has no such column; it has {', '.join(map(repr, row.fields))}")
     try:
-        return dataclasses.replace(FORMATS[format](tokenizer, fields, template), place=row.place)
+        return dataclasses.replace(FORMATS[format](tokenizer, renamed(row, columns), template), place=row.place)
     except DataError as error:
         return BadRow(row.place, str(error))
     except Exception as error:

@@ -45,7 +45,7 @@ class Entry:
     def read(self) -> np.ndarray[Any, Any]:
         """Return the tensor as the file holds it, in float32."""
         value = np.asarray(self._place(self.variable.get_value()), np.float32)
-        return np.ascontiguousarray(np.swapaxes(value, -1, -2) if self.transposed else value)
+        return np.asarray(np.swapaxes(value, -1, -2) if self.transposed else value, order="C")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -226,7 +226,7 @@ def _virtual(n: Named, virtual: Virtual, name: str) -> Tensors:
 
 def _temperature(n: Named, hung: Temperature, name: str) -> Tensors:
     del n, name
-    yield "temperature.log_scale", Entry(hung.log_scale)
+    yield "temperature.log_scale", Entry(hung.log_scale, live=(None,))  # `(1,)` in a file
 
 
 # What hangs in a slot, by its type: (module, what hangs, adapter's name) -> its tensors.

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import MethodError, refuse
 from ..methods.method import adapters
 from ..models.base import Model
+from ..models.config import HEAD_POOLING
 from ..models.hub import abstract_model
 from ..models.names import LEAF_NAMES, Named, parameters, renamed
 from ..models.tensors import replacing, write_tensors
@@ -52,7 +53,8 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
     }
     _refuse_unreadable(model, set(places))
     itemsize = np.dtype(model.dtype).itemsize
-    places = {renamed(name, model.written): place for name, place in places.items()}
+    bare = ((rf"^{model.stem}\.", ""),) if getattr(model, "lm_head", model) is None else ()  # as it was read
+    places = {renamed(name, (*model.written, *bare)): place for name, place in places.items()}
     sizes = {name: int(np.prod(_shape(*place))) * itemsize for name, place in places.items()}
     shards = _shards(sizes, shard_bytes)
     with replacing(Path(folder)) as scratch:
@@ -125,6 +127,7 @@ def _config(model: Model) -> dict[str, Any]:
         "model_type": model.model_type,
         "dtype": np.dtype(model.dtype).name,
         **class_keys(model.config.labels),
+        **({HEAD_POOLING: model.config.head_pooling} if model.config.head_pooling else {}),
         **model.config_keys(),
     }
 

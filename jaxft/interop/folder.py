@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import CheckpointError, MethodError, refuse
 from ..methods import PARTS, Adapter, Full, Method
-from ..methods.heads import copied_heads, copy_heads, trained
+from ..methods.heads import copied_heads, copy_heads, drop_heads, trained
 from ..methods.method import adapters, attach, copy_tree, parts_of, register
 from ..methods.partition import attached
 from ..methods.switch import all_off, set_adapter
@@ -165,7 +165,11 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         fresh = copy_tree(attached(all_off(model), method, name=name))
     except MethodError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    copy_heads(fresh, method, name, library.heads_of(folder, model) if theirs else heads_of(config, model))
+    heads = library.heads_of(folder, model) if theirs else heads_of(config, model)
+    if heads:
+        copy_heads(fresh, method, name, heads)
+    else:
+        drop_heads(fresh, name)  # it was trained on a model without one
     if name not in adapters(fresh):
         register(fresh, name, method)
     flags = trained(fresh, method, name)
@@ -176,8 +180,9 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
             if weights == library.WEIGHTS:
                 library.check_names(tensors, config["name"], where)
                 library.check_head(folder, fresh)
-            check_tensors(tensors, held, fresh, folder / weights)
-            fill_entries(held, tensors.read)
+            spots = held if theirs else _bare(held, tensors, getattr(fresh, "prefix", ""))
+            check_tensors(tensors, spots, fresh, folder / weights)
+            fill_entries(spots, tensors.read)
     fresh = place(fresh)
     if name not in adapters(fresh):
         return fresh
@@ -196,6 +201,14 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
     if not (folder / LABELS).is_file():
         return None
     return tuple(map(str, read_json(folder / LABELS).get("labels") or ())) or None
+
+
+def _bare(places: dict[str, Entry], tensors: Tensors, prefix: str) -> dict[str, Entry]:
+    """Return the entries without the backbone's name, where the file is of an adapter on a backbone alone."""
+    whole = f"{PREFIX}{prefix}."
+    if not prefix or any(name.startswith(whole) for name in tensors.shapes):
+        return places
+    return {PREFIX + k.removeprefix(whole) if k.startswith(whole) else k: e for k, e in places.items()}
 
 
 def check_tensors(tensors: Tensors, places: dict[str, Entry], model: Any, file: Path) -> None:

@@ -36,6 +36,21 @@ def copy_heads(model: Any, method: Any, name: str, heads: tuple[str, ...] = ()) 
         n.module.saved = nnx.Dict({**hung, name: copies})
 
 
+def drop_heads(model: Any, name: str) -> None:
+    """Take an adapter's copies of heads away from a model."""
+    for n in named_modules(model):
+        hung = n.module.saved if getattr(n.module, "saved", None) is not None else {}
+        if name not in hung:
+            continue
+        copies = hung[name]
+        for leaf, variable in list(vars(copies).items()):
+            if isinstance(variable, Delta) and variable.get_metadata("head", False):
+                delattr(copies, leaf)
+        if not any(isinstance(variable, Delta) for variable in vars(copies).values()):
+            rest = {key: value for key, value in hung.items() if key != name}
+            n.module.saved = nnx.Dict(rest) if rest else nnx.data(None)
+
+
 def copied_heads(model: Any, name: str) -> tuple[str, ...]:
     """Return the paths of the heads of which an adapter has copies."""
     modules = {path.partition(f".saved.{name}.")[0] for path, v in variables(model).items() if is_copy(path, v, name)}

@@ -180,6 +180,8 @@ def _untie(model: Any, n: Named, tied: jax.Array, ctx: Context) -> None:
 
     Copies of the table, and low-rank products beside it, are for looking up alone; token rows are for both.
     """
+    if model.lm_head is None:
+        return
     deltas = n.module.delta or {}
     both = {name: delta for name, delta in deltas.items() if hasattr(delta, "at_head")}
     if n.module.saved is None and len(both) == len(deltas) and model.lm_head.kernel is None:

@@ -26,7 +26,7 @@ from .roberta import (
     XLMRobertaForSequenceClassification,
     XLMRobertaModel,
 )
-from .vit import ViTModel
+from .vit import ViTForImageClassification, ViTModel
 
 FAMILIES: dict[str, type[Model]] = {
     family.model_type: family
@@ -57,6 +57,7 @@ CLASSIFIERS: dict[str, type[Model]] = {
         BertForSequenceClassification,
         RobertaForSequenceClassification,
         XLMRobertaForSequenceClassification,
+        ViTForImageClassification,
     )
 }
 
@@ -83,6 +84,7 @@ __all__ = [
     "Qwen3ForSequenceClassification",
     "RobertaForSequenceClassification",
     "RobertaModel",
+    "ViTForImageClassification",
     "ViTModel",
     "XLMRobertaForSequenceClassification",
     "XLMRobertaModel",

@@ -31,7 +31,8 @@ class Model(nnx.Module):
         inputs: Names of the arrays of a batch that `hidden` takes.
         default_targets: What LoRA adapts by default.
         default_ia3: What IA3 scales by default, and which of these at their input.
-        task_type: peft's name for what the model does.
+        task_type: peft's name for what the model does; None where it has none.
+        reads: Of a classifier, how what its head reads is pooled.
     """
 
     model_type: ClassVar[str]
@@ -46,7 +47,8 @@ class Model(nnx.Module):
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()
     written: ClassVar[tuple[tuple[str, str], ...]] = ()
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "position_ids", "segment_ids")
-    task_type: ClassVar[str]
+    reads: ClassVar[str]
+    task_type: ClassVar[str | None]
 
     def __init__(self, config: ModelConfig):
         self.config = config

@@ -265,5 +265,8 @@ class BertForSequenceClassification(TextClassifier):
 
     def classify(self, first: jax.Array, ctx: Context) -> jax.Array:
         """Map the hidden states of first tokens `[B, 1, D]` to logits `[B, 1, C]`."""
-        x = dropout(self.bert.pooler(first, ctx), self.config.classifier_dropout, ctx.key_for(CLASSIFIER))
-        return self.classifier(x, ctx)
+        return self.classify_pooled(self.bert.pooler(first, ctx), ctx)
+
+    def classify_pooled(self, vectors: jax.Array, ctx: Context) -> jax.Array:
+        """Map vectors `[B, 1, D]` to logits `[B, 1, C]`."""
+        return self.classifier(dropout(vectors, self.config.classifier_dropout, ctx.key_for(CLASSIFIER)), ctx)

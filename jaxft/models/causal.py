@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..errors import MethodError
 from ..parallel.rules import constrain
 from .attention import causal_mask, default_positions
 from .base import Model
@@ -57,7 +58,16 @@ class CausalLM(Decoder):
         return {}
 
     def head(self, hidden: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Map `[B, T, D]` to logits `[B, T, V]`."""
+        """Map `[B, T, D]` to logits `[B, T, V]`.
+
+        Raises:
+            MethodError: The model was saved without its head, as sentence-transformers does.
+        """
+        if self.lm_head is None:
+            raise MethodError(
+                "this model was saved without its output head (lm_head), to embed texts: load the one that it was made "
+                "of to generate text or to train a language model"
+            )
         ctx = self.context(len(hidden), key)
         hidden = constrain(hidden, ctx.mesh, "batch", None, None)
         logits = self.lm_head(hidden, ctx, self.tied_kernel())
@@ -67,7 +77,8 @@ class CausalLM(Decoder):
 
     def tied_kernel(self) -> jax.Array | None:
         """Return the kernel `[D, V]` that a head without one of its own calls: the embedding, transposed."""
-        return self.backbone.input_embedding().as_kernel() if self.lm_head.kernel is None else None
+        tied = self.lm_head is not None and self.lm_head.kernel is None
+        return self.backbone.input_embedding().as_kernel() if tied else None
 
     def __call__(
         self,
@@ -94,7 +105,8 @@ class CausalLM(Decoder):
 
     def config_keys(self) -> dict[str, Any]:
         """Return the keys of `config.json` that follow from which leaves there are; merging can change them."""
-        return {"tie_word_embeddings": self.lm_head.kernel is None, **self.backbone_keys(self.backbone)}
+        tied = {} if self.lm_head is None else {"tie_word_embeddings": self.lm_head.kernel is None}
+        return {**tied, **self.backbone_keys(self.backbone)}
 
     def empty_cache(self, rows: int, room: int) -> Cache:
         """Return a cache for `rows` texts of up to `room` tokens, begun with what adapters put before them."""

@@ -15,6 +15,7 @@ from .layers import ACTIVATIONS
 REMATS = ("none", "full")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 EVERYTHING = 2**30  # the window of a layer that sees all: longer than any row
+HEAD_POOLING = "jaxft_head_pooling"  # in a config.json: transformers has no such heads
 FLOAT32 = jnp.dtype(jnp.float32)
 
 
@@ -24,6 +25,7 @@ class ModelConfig:
 
     Attributes:
         pooling: How `pooled` makes one vector of a row's: a mode of `pooling.pool`.
+        head_pooling: What a classification head reads where it is not what the family's own reads: a vector pooled so.
         normalize: Whether an embedding is scaled to length 1 (a sentence-transformers folder says so).
         max_seq_length: The tokens of a text that an embedding is made of (likewise); None: as many as fit.
         labels: Names of the classes of a classification head; () where there is none.
@@ -53,6 +55,7 @@ class ModelConfig:
     head_dim: int
     tie_word_embeddings: bool = False
     pooling: str = "last"
+    head_pooling: str | None = None
     normalize: bool = False
     max_seq_length: int | None = None
     labels: tuple[str, ...] = ()
@@ -74,6 +77,7 @@ class ModelConfig:
         model_type = raw.get("model_type")
         try:
             fields = {**cls.parse(raw), "labels": class_names(raw), "stop_ids": token_ids(raw.get("eos_token_id"))}
+            fields["head_pooling"] = raw.get(HEAD_POOLING)
         except KeyError as missing:
             raise CheckpointError(f"config.json of model_type {model_type!r} lacks the key {missing}") from None
         except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:

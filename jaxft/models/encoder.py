@@ -1,6 +1,6 @@
 """What encoders offer: hidden states of a sequence that is seen from both sides, with what adapters put before it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ..errors import BatchError
 from .attention import default_positions, open_mask
 from .base import Model, arrays, called, refuse_packed
+from .pooling import pool
 from .seams import Context
 from .virtual import VIRTUAL, behind, prefixes, weights
 
@@ -23,7 +24,7 @@ class Encoder(Model):
     the true tokens. A virtual token of weight w counts as w equal ones.
     """
 
-    task_type = "FEATURE_EXTRACTION"
+    task_type: ClassVar[str | None] = "FEATURE_EXTRACTION"
 
     def read(self, x: jax.Array, ctx: Context) -> jax.Array:
         """Return what the backbone makes of embedded tokens `[B, T, D]`, virtual ones beside them: `[B, T, D]`."""
@@ -125,18 +126,28 @@ class TextEncoder(Encoder):
 class TextClassifier(TextEncoder):
     """An encoder with a classification head, which reads the first token of a row: a family sets `classify`.
 
+    With `config.head_pooling` it reads the vector that is pooled so instead, and a pooler is passed over.
     Where prompts stand before the row that is the first virtual token, as in peft; padded left, the first real one.
     """
 
     task_type = "SEQ_CLS"
+    reads = "cls"
 
     def classify(self, first: jax.Array, ctx: Context) -> jax.Array:
         """Map the hidden states of first tokens `[B, 1, D]` to logits `[B, 1, C]`."""
         raise NotImplementedError(f"{type(self).__name__} sets `classify`")
 
+    def classify_pooled(self, vectors: jax.Array, ctx: Context) -> jax.Array:
+        """Map pooled vectors `[B, 1, D]` to logits `[B, 1, C]`."""
+        return self.classify(vectors, ctx)
+
     def answer(self, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """Return logits `[B, C]`, in the model's dtype."""
         refuse_packed(inputs)
+        if self.config.head_pooling is not None:
+            hidden = self.hidden(**inputs, key=key)
+            vectors = pool(hidden, inputs.get("attention_mask"), self.config.head_pooling).astype(self.dtype)
+            return self.classify_pooled(vectors[:, None], self.context(len(vectors), key))[:, 0]
         states = self.states(**inputs, key=key)
         ctx = self.context(len(states), key)
         mask = inputs.get("attention_mask")

@@ -26,6 +26,7 @@ class LastTokenClassifier(Decoder):
     """
 
     task_type = "SEQ_CLS"
+    reads = "last"
     heads = ("score",)
     family: type[CausalLM]
 
@@ -45,7 +46,8 @@ class LastTokenClassifier(Decoder):
         """Return logits `[B, C]`, in the model's dtype."""
         refuse_packed(inputs)
         hidden = self.hidden(**inputs, key=key)
-        last = pool(hidden, inputs.get("attention_mask"), "last").astype(self.dtype)
+        mode = self.config.head_pooling or self.reads
+        last = pool(hidden, inputs.get("attention_mask"), mode).astype(self.dtype)
         return self.score(last[:, None], self.context(len(last), key))[:, 0]
 
     def __call__(

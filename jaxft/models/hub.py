@@ -22,6 +22,7 @@ from .layers import normal
 from .names import LEAF_NAMES, Named, parameters, renamed
 from .placement import place
 from .seams import number
+from .sentence_folder import read_sentence_folder
 from .tensors import Tensors, read_json
 
 ALIGNMENT = 64
@@ -51,9 +52,11 @@ def resolve(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
 def read_config(folder: Path, **options: Any) -> Any:
     """Read a folder's `config.json` into the record of its family, stop tokens of the generation config added.
 
-    Options as of `read_shape`.
+    Of a sentence-transformers folder its pooling and length too. Options as of `read_shape`.
     """
-    config = read_shape(folder / "config.json", **{"source": str(folder), **options})
+    said = read_sentence_folder(folder)
+    folder = said.transformer
+    config = read_shape(folder / "config.json", **{"source": str(folder), **options}).replace(**said.fields)
     if (folder / "generation_config.json").is_file():
         more = token_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
         config = dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*config.stop_ids, *more))))
@@ -116,6 +119,7 @@ def load_model(
     labels: Sequence[str] | None = None,
 ) -> Model:
     """Read a checkpoint folder into its family's model. Arguments, result and errors as of `jaxft.load`."""
+    at = read_sentence_folder(folder).transformer
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is an adapter: load its base model, then jaxft.load_adapter(model, {str(folder)!r})"
@@ -128,7 +132,7 @@ def load_model(
         model = abstract_model(config)
         mark_new(model, () if kept else tuple(path for path in model.heads if not path.startswith(f"{model.prefix}.")))
         return model
-    with Tensors(folder) as tensors:
+    with Tensors(at) as tensors:
         model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
         fill(model, tensors, keep_head=kept)
     return model
@@ -183,6 +187,9 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True) -> None:
     """
     on_disk = disk_names(model, tensors)
     leave_out(model, on_disk)
+    own = getattr(model, "lm_head", None)
+    if headless(model, tensors) and "lm_head.weight" not in on_disk and own is not None and own.kernel is not None:
+        setattr(model, "lm_head", nnx.data(None))  # noqa: B010 - not every model has the attribute
     everything = {
         f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable)
         for named, leaf, variable in parameters(model)
@@ -246,7 +253,7 @@ def disk_names(model: Model, tensors: Tensors) -> dict[str, str]:
     with another head than the model has.
     """
     stem, found = f"{model.stem}.", {}
-    bare = not any(name.startswith(stem) for name in tensors.shapes)  # a backbone saved without its head
+    bare = headless(model, tensors)
     for disk in tensors.shapes:
         name = renamed(disk, model.renames)
         if not model.prefix:
@@ -255,6 +262,11 @@ def disk_names(model: Model, tensors: Tensors) -> dict[str, str]:
             name = f"{stem}{name}"
         found[name] = disk
     return found
+
+
+def headless(model: Model, tensors: Tensors) -> bool:
+    """Tell whether a checkpoint is a backbone that was saved by itself."""
+    return not any(name.startswith(f"{model.stem}.") for name in tensors.shapes)
 
 
 def begin_heads(model: Model, paths: Sequence[str]) -> None:

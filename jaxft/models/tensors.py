@@ -20,16 +20,17 @@ CONVERT = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_fold
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file that must be there."""
+def read_json(file: Path, kind: type = dict) -> Any:
+    """Read a JSON object, or a list where that is the kind, from a file that must be there."""
     if not file.is_file():
         raise CheckpointError(f"{file.parent} holds no {file.name}")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: a JSON object is expected, this is a {type(raw).__name__}")
+    if not isinstance(raw, kind):
+        what = "a JSON object" if kind is dict else f"a {kind.__name__}"
+        raise CheckpointError(f"{file}: {what} is expected, this is a {type(raw).__name__}")
     return raw
 
 
@@ -133,7 +134,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Write one safetensors file, marked as the PyTorch libraries expect."""
-    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    save_file({name: np.asarray(t, order="C") for name, t in tensors.items()}, file, metadata={"format": "pt"})
     mask = os.umask(0)
     os.umask(mask)
     file.chmod(0o666 & ~mask)  # safetensors leaves a file that only its owner can read

@@ -11,10 +11,11 @@ from flax import nnx
 
 from ..errors import BatchError, CheckpointError
 from .attention import attend, open_mask
-from .base import arrays
+from .base import arrays, called
 from .config import ModelConfig, activation
 from .encoder import Encoder
 from .layers import ACTIVATIONS, Join, LayerNorm, Linear, dot, dropout, normal
+from .pooling import pool
 from .seams import Context, lift, mix, number, read
 from .stack import run, stacked
 from .virtual import apart
@@ -267,7 +268,8 @@ class ImageEncoder(Encoder):
                 "positions are not stretched to other sizes: resize the pictures"
             )
         ctx = self.context(len(pixel_values), key, mask=open_mask((1, 1 + math.prod(c.grid))))
-        return self.read(self.backbone.embed(pixel_values, ctx), ctx)
+        x = self.backbone.embed(pixel_values, ctx)
+        return self.read(x, ctx)[:, : x.shape[1]]
 
     def __call__(self, pixel_values: Any, *, key: jax.Array | None = None) -> jax.Array:
         """Return the hidden states of the class token and every patch; of a classifier, its logits.
@@ -279,17 +281,7 @@ class ImageEncoder(Encoder):
         Returns:
             `[B, 1 + P, D]` in the model's dtype; a classifier's logits `[B, C]`.
         """
-        return _called(self, arrays({"pixel_values": pixel_values}), key)
-
-    def answer(self, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
-        """Return what the call returns: here the hidden states."""
-        return self.hidden(**inputs, key=key)
-
-
-@jax.jit
-def _called(model: ImageEncoder, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
-    """Compiled once for a structure and shape, so that a call from a script does not trace again."""
-    return model.answer(inputs, key)
+        return called(self, arrays({"pixel_values": pixel_values}), key)
 
 
 class ViTModel(ImageEncoder, ViTBackbone):
@@ -302,3 +294,25 @@ class ViTModel(ImageEncoder, ViTBackbone):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         ImageEncoder.__init__(self, config)
         ViTBackbone.__init__(self, config, rngs=rngs)
+
+
+class ViTForImageClassification(ImageEncoder):
+    """A ViT that classifies: `classifier(class token)`."""
+
+    model_type = "vit"
+    prefix = "vit"
+    heads = ("classifier",)
+    task_type = None
+    reads = "cls"
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        super().__init__(config)
+        self.vit = ViTBackbone(config, pooler=False, rngs=rngs)
+        features, classes = config.hidden_size, len(config.labels)
+        self.classifier = Linear(features, classes, axes=("embed", "labels"), use_bias=True, rngs=rngs)
+
+    def answer(self, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        """Return logits `[B, C]`, in the model's dtype."""
+        mode = self.config.head_pooling or self.reads
+        vectors = pool(self.hidden(**inputs, key=key), None, mode).astype(self.dtype)
+        return self.classifier(vectors[:, None], self.context(len(vectors), key))[:, 0]

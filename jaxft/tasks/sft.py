@@ -11,6 +11,7 @@ from ..data.batches import width_of
 from ..data.tokens import Example
 from ..errors import BatchError, DataError
 from ..losses.language import next_token_figures, next_token_loss
+from ..report import ANSWERS
 from ..run import RunFolder
 from ..scores import SCORES, check_scores, exact_match
 from ..train.evaluate import evaluate_loss, write_answers
@@ -23,6 +24,7 @@ class SupervisedTuning(Task):
     """Predict the answers, token by token."""
 
     formats = ("instruction", "prompt_completion", "messages", "text")
+    unit, shown = "nats per token", ANSWERS
 
     @property
     def loss(self) -> ModelLoss:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from ..config import Config
 from ..errors import ConfigError, DataError, MeshError, RunError, refuse
-from ..loading import free_name, load, load_run, load_tokenizer, with_pooling
+from ..loading import free_name, load, load_run, load_tokenizer, with_config, with_pooling
 from ..methods import Full, Method
 from ..methods.merge import merge
 from ..methods.method import adapters, parts_of
@@ -34,6 +34,11 @@ def base_folder(config: Config) -> Path:
     while at.started and not at.model.is_dir():
         at = RunFolder(at.config().model.source)  # the adapter's base may be a run too
     return at.model if at.started else resolve(at.path)
+
+
+def base_shape(config: Config) -> Any:
+    """Return what the `config.json` says of the model that everything begins with."""
+    return shape_of(config) if config.model.path is None else read_config(base_folder(config))
 
 
 def tokenizer_of(config: Config) -> Any:
@@ -92,10 +97,13 @@ def load_base(
 ) -> Any:
     """Return the model that a config begins with: loaded, a run's, or random by its `config.json` alone.
 
-    With `labels` it has a head of these classes, and with `model.pooling` it pools so.
+    With `labels` it has a head of these classes, and its vectors are pooled as the head reads them; with
+    `model.pooling` both are pooled so.
     """
     model = _load_base(config, run, remat, mesh, labels)
-    return model if config.model.pooling is None else with_pooling(model, config.model.pooling)
+    if config.model.pooling is not None:
+        return with_pooling(model, config.model.pooling)
+    return with_config(model, pooling=model.reads) if labels and model.config.head_pooling is None else model
 
 
 def _load_base(config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None, labels: tuple[str, ...]) -> Any:

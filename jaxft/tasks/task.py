@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -19,11 +19,19 @@ from .start import base_of, load_base, load_state
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The rows of a run: what turns them into arrays (a tokenizer), training sources, held-out sources."""
+    """The rows of a run.
+
+    Attributes:
+        tokenizer: What turns rows into arrays: a tokenizer, or an image processor.
+        train: Training sources.
+        held_out: Held-out sources.
+        labels: Names of the classes, where there are any.
+    """
 
     tokenizer: Any
     train: tuple[Dataset, ...]
     held_out: tuple[Dataset, ...]
+    labels: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """Say what was read, and what was left out of it."""
@@ -42,9 +50,13 @@ class Task:
 
     Attributes:
         formats: The formats of rows that it takes.
+        unit: What the loss is in.
+        shown: Figures of the evaluations that are drawn, each with its name.
     """
 
     formats: ClassVar[tuple[str, ...]]
+    unit: ClassVar[str]
+    shown: ClassVar[Mapping[str, str]]
 
     def __init__(self, config: Config):
         self.config = config
@@ -63,6 +75,10 @@ class Task:
         Raises:
             DataError: Sources that cannot be read, or bad rows.
         """
+        raise NotImplementedError
+
+    def collate(self) -> Any:
+        """Return what makes a batch of rows."""
         raise NotImplementedError
 
     def make_batches(self, data: Data) -> Any:
@@ -93,15 +109,18 @@ class Task:
         """Return the widest batch, as shapes."""
         raise NotImplementedError
 
+    def head_labels(self, data: Data) -> tuple[str, ...]:
+        """Return the classes of the head that the model gets for this task; () where it gets none."""
+        del data
+        return ()
+
     def load_state(self, steps: int, mesh: Mesh | None, data: Data) -> TrainState:
         """Return the state that the run begins with."""
-        del data
-        return load_state(self.config, steps, mesh)
+        return load_state(self.config, steps, mesh, labels=self.head_labels(data))
 
     def load_model(self, mesh: Mesh | None, data: Data) -> Any:
         """Return the model that a config begins with, to evaluate it."""
-        del data
-        return load_base(self.config, base_of(self.config), "none", mesh)
+        return load_base(self.config, base_of(self.config), "none", mesh, self.head_labels(data))
 
     def read_all(self, read: Callable[[Source], Dataset], *, train: bool) -> tuple[tuple[Dataset, ...], ...]:
         """Read training and held-out sources; what is wrong with each is said at once."""

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from ..config import Config
-from ..interop.export import save_model
 from ..interop.folder import save_adapter
 from ..methods import Full
 from ..methods.method import parts_of
@@ -29,6 +28,7 @@ from .registry import task_of
 from .start import choose_mesh, choose_remat, schedule_of
 
 Say = Callable[[str], None]
+SPEEDS = ("tokens_per_second", "rows_per_second")
 
 
 class Job:
@@ -105,7 +105,8 @@ class Job:
             more["peak_memory_bytes"] = peak_memory()
             for tracker in trackers:
                 tracker.log(n, {"loss": figures["loss"], **more, **figures})
-            progress.update(n, loss=figures["loss"], tokens_per_second=figures["tokens_per_second"])
+            speeds = {name: figures[name] for name in SPEEDS if name in figures}
+            progress.update(n, loss=figures["loss"], **speeds)
 
         def look(state: TrainState) -> None:
             figures = self._evaluate(state, trackers)
@@ -166,19 +167,25 @@ class Job:
     def _finish(self, state: TrainState, seconds: float) -> dict[str, Any]:
         whole = any(isinstance(part, Full) for part in parts_of(state.method))
         if whole:
-            made = save_model(state.model, self.run.model, self.data.tokenizer)
+            made = self.task.write(state.model, self.run.model, self.data)
         else:
             made = save_adapter(state, self.run.adapter)
-        picture = plot_curves(self.run.metrics, self.run.report / "curves.png", title=str(self.run.path))
+        picture = plot_curves(
+            self.run.metrics,
+            self.run.report / "curves.png",
+            title=str(self.run.path),
+            unit=self.task.unit,
+            shown=self.task.shown,
+        )
         self.task.draw(self.run, self.data)
         evaluations = self._evaluations()
-        logged = [row for row in self.run.records(self.run.metrics) if "tokens_per_second" in row]
+        logged = [row for row in self.run.records(self.run.metrics) if "step_seconds" in row]
         summary = {
             "before": _without_step(evaluations[0]) if evaluations else {},
             "after": _without_step(evaluations[-1]) if evaluations else {},
             "steps": self.steps,
             "loss": logged[-1]["loss"],
-            "tokens_per_second": logged[-1]["tokens_per_second"],
+            **{name: logged[-1][name] for name in SPEEDS if name in logged[-1]},
             "trainable_parameters": self.parameters.trainable,
             "total_parameters": self.parameters.total,
             "trainable_percent": self.parameters.percent,

@@ -1,5 +1,6 @@
 """What is done with a finished run or a plain model: evaluate, write text, export."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ from ..errors import CheckpointError, RunError
 from ..generation.generate import generate_ids, stops_of
 from ..interop.export import save_model
 from ..interop.folder import form_of, load_adapter, save_adapter
+from ..interop.sentence_transformers import save_sentence_transformer
 from ..interop.serving import save_serving
 from ..loading import load
 from ..methods.merge import merge
 from ..methods.method import adapters
 from ..methods.switch import set_adapter
+from ..models.sentence_folder import read_sentence_folder
 from ..run import RunFolder
 from ..train.evaluate import prefixed
 from .registry import task_of
-from .start import choose_mesh
+from .start import base_folder, choose_mesh
 
 
 def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float]:
@@ -84,7 +87,9 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
     Args:
         run: The run.
         form: `"peft"` or `"adapters"`: its adapter, as the folder of that library; `"serving"`: its adapter as the
-            plain LoRA that engines read; `"merged"`: a whole model in Hugging Face layout, tokenizer included.
+            plain LoRA that engines read; `"merged"`: a whole model in Hugging Face layout, tokenizer included;
+            `"sentence-transformers"`: such a model as a folder of that library, `"sentence-transformers-adapter"`: the
+            adapter as that library saves one, beside the name of its base.
         output: A new or empty folder.
 
     Returns:
@@ -98,8 +103,16 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output}: it is there already; give a new or an empty folder as --output")
     model, tokenizer = load(run.path)
+    if form == "merged" and model.config.head_pooling is not None:
+        raise RunError(
+            f"{run.path}: its head reads a vector pooled by {model.config.head_pooling!r}, which no class of "
+            "transformers does; jaxft.load reads the run itself, and jaxft.save_model writes a folder that it reads"
+        )
     if form == "merged":
         return save_model(merge(model) if adapters(model) else model, output, tokenizer)
+    if form == "sentence-transformers":
+        whole = merge(model) if adapters(model) else model
+        return save_sentence_transformer(whole, output, tokenizer, prompts=prompts_of(run))
     carried = adapters(model)
     if run.model.is_dir():
         raise RunError(
@@ -107,6 +120,8 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
         )
     if len(carried) == 1:
         ((name, method),) = carried.items()
+        if form == "sentence-transformers-adapter":
+            return save_sentence_transformer(model, output, tokenizer, prompts=prompts_of(run))
         if form == "serving":
             return save_serving(model, output, name=name)
         if form == form_of(method, model):
@@ -116,3 +131,8 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
         f"{run.path}: a folder of --format {form} cannot express {what}. {run.adapter} is what jaxft itself reads; "
         "--format merged folds what can be folded into the model"
     )
+
+
+def prompts_of(run: RunFolder) -> Mapping[str, str]:
+    """Return the prompts of the sentence-transformers folder that a run began with, if it did."""
+    return read_sentence_folder(base_folder(run.config())).prompts

@@ -114,10 +114,25 @@ class ToyTokenizer:
 
     eos_token_id = 0
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """Turn a text into ids; there is no begin token to add."""
+    def __call__(
+        self,
+        text: str | list[str],
+        text_pair: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+    ) -> dict[str, Any]:
+        """Turn a text into ids, or two that follow each other, or a list of texts; there is no begin token to add."""
         del add_special_tokens
-        return {"input_ids": [ord(letter) - 96 for letter in text]}
+        if isinstance(text, list):
+            return {"input_ids": [self(one, truncation=truncation, max_length=max_length)["input_ids"] for one in text]}
+        parts = [[ord(letter) - 96 for letter in part] for part in (text, text_pair or "")]
+        cut = max_length if truncation else None
+        found = {"input_ids": [*parts[0], *parts[1]][:cut]}
+        if text_pair is not None:
+            found["token_type_ids"] = [n for n, part in enumerate(parts) for _ in part][:cut]
+        return found
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Turn ids into a text."""

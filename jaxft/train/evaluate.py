@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from ..data.batches import eval_batches
+from ..data.batches import Batch, collate, eval_batches
 from ..data.source import Dataset
 from ..data.tokens import Example
 from ..errors import DataError, refuse
@@ -14,7 +14,12 @@ from ..generation.generate import generate_ids, stops_of
 
 
 def evaluate_loss(
-    model: Any, loss: Callable[..., Any], datasets: Sequence[Dataset], *, batch_size: int = 8
+    model: Any,
+    loss: Callable[..., Any],
+    datasets: Sequence[Dataset],
+    *,
+    batch_size: int = 8,
+    collate: Callable[..., Batch] = collate,
 ) -> dict[str, float]:
     """Return the loss per trained token over every row, dropout off, and the loss's further metrics likewise.
 
@@ -24,7 +29,8 @@ def evaluate_loss(
         model: The model.
         loss: A model loss.
         datasets: The sources.
-        batch_size: Rows at a time; it changes nothing but speed.
+        batch_size: Rows at a time; it changes nothing but speed, and which rows are negatives of each other.
+        collate: Makes a batch of rows.
 
     Returns:
         `loss` and the metrics by name, and of each source, where there are several, `loss/NAME` and so on; without
@@ -43,21 +49,23 @@ def evaluate_loss(
     refuse(
         DataError, "sources of one name", [f"{n!r} stands twice" for n in dict.fromkeys(names) if names.count(n) > 1]
     )
-    each = {data.name: _sums(model, loss, data, batch_size) for data in datasets}
+    each = {data.name: _sums(model, loss, data, batch_size, collate) for data in datasets}
     whole = jax.tree.map(lambda *sums: sum(sums), *each.values())
     pairs = {f"{figure}/{name}": pair for name, sums in each.items() for figure, pair in sums.items()}
     pairs = {**(pairs if len(datasets) > 1 else {}), **whole}
     return {figure: total / weight for figure, (total, weight) in pairs.items() if weight}
 
 
-def _sums(model: Any, loss: Callable[..., Any], data: Dataset, batch_size: int) -> dict[str, tuple[float, float]]:
+def _sums(
+    model: Any, loss: Callable[..., Any], data: Dataset, batch_size: int, collate: Callable[..., Batch]
+) -> dict[str, tuple[float, float]]:
     """Return the pair (sum, weight) of each figure over the rows of one source."""
     sums: Any = None
-    for batch in eval_batches(data.examples, batch_size):
+    for batch in eval_batches(data.examples, batch_size, collate):
         more = jax.tree.map(float, _compiled(loss)(model, batch))
         sums = more if sums is None else jax.tree.map(float.__add__, sums, more)
     if sums is None or not sums["loss"][1]:
-        raise DataError(f"{data.name}: no token of it is trained, so there is no loss to measure")
+        raise DataError(f"{data.name}: nothing of it is trained, so there is no loss to measure")
     return dict(sums)
 
 

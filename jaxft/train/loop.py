@@ -33,8 +33,8 @@ def fit(
         steps: Of the whole run, those of the state included.
         log_every: Steps between two calls of `log`, which comes at the last step too.
         log: Gets the step and its figures: `loss` per trained token since the last call, `grad_norm` of this step,
-            `tokens_per_second` (tokens that are no padding), `step_seconds`, `trained_tokens` and `skipped` steps
-            since the last call.
+            `rows_per_second`, `tokens_per_second` (that are no padding, where rows have any), `step_seconds`,
+            `trained_tokens` (the weight of the loss) and `skipped` steps since the last call.
         hooks: What to do with the state after every so many steps: `{evaluate: 100, save: 50}`; their time does
             not count.
         stop: Asked before each step: whether to leave it at the steps taken.
@@ -55,19 +55,19 @@ def fit(
     [2]
     """
     window: list[Any] = []
-    tokens, began = 0, time.perf_counter()
+    tokens, rows, began = 0, 0, time.perf_counter()
     for n in range(int(state.step) + 1, steps + 1):
         if stop():
             break
         batch = next(batches)
-        tokens += int(np.sum(batch["attention_mask"])) if "attention_mask" in batch else batch["input_ids"].size
+        tokens, rows = tokens + count_tokens(batch), rows + len(next(iter(batch.values())))
         state, metrics = step(state, batch)
         window.append(metrics)
         if n % log_every == 0 or n == steps:
-            figures = _figures(n, jax.device_get(window), tokens, time.perf_counter() - began)
+            figures = _figures(n, jax.device_get(window), tokens, rows, time.perf_counter() - began)
             if log is not None:
                 log(n, figures)
-            window, tokens, began = [], 0, time.perf_counter()
+            window, tokens, rows, began = [], 0, 0, time.perf_counter()
         for hook, every in (hooks or {}).items():
             if n % every == 0:
                 jax.block_until_ready(state.trainable)  # the steps' own time ends here
@@ -77,7 +77,17 @@ def fit(
     return state
 
 
-def _figures(n: int, window: list[Any], tokens: int, seconds: float) -> dict[str, float]:
+def count_tokens(batch: Mapping[str, Any]) -> int:
+    """Return how many tokens of a batch are no padding, over all its columns; 0 of images.
+
+    >>> count_tokens({"anchor_attention_mask": np.array([[1, 1, 0]]), "positive_attention_mask": np.ones((1, 4))})
+    6
+    """
+    masks = [x for name, x in batch.items() if name.endswith("attention_mask")]
+    return int(sum(map(np.sum, masks))) if masks else batch["input_ids"].size if "input_ids" in batch else 0
+
+
+def _figures(n: int, window: list[Any], tokens: int, rows: int, seconds: float) -> dict[str, float]:
     """Return the figures of some steps: sums over tokens divided once, never a mean of means."""
     good = [m for m in window if not m["skipped"]]
     if not good:
@@ -90,7 +100,8 @@ def _figures(n: int, window: list[Any], tokens: int, seconds: float) -> dict[str
     return {
         "loss": loss,
         "grad_norm": float(good[-1]["grad_norm"]),
-        "tokens_per_second": tokens / max(seconds, 1e-9),
+        **({"tokens_per_second": tokens / max(seconds, 1e-9)} if tokens else {}),
+        "rows_per_second": rows / max(seconds, 1e-9),
         "step_seconds": seconds / len(window),
         "trained_tokens": weight,
         "skipped": float(len(window) - len(good)),

@@ -43,14 +43,18 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+    def update(
+        self, step: int, *, loss: float, tokens_per_second: float | None = None, rows_per_second: float = 0.0
+    ) -> None:
         """Show where the run is."""
         now = time.perf_counter()
         first, since = self.mark or (self.start, self.began)
         left = (now - since) / max(step - first, 1) * (self.steps - step)
         if self.mark is None:
             self.mark = (step, now)
-        what = f"loss {loss:.4f} | {tokens_per_second:,.0f} tokens/s | ETA {timedelta(seconds=round(left))}"
+        none = tokens_per_second is None
+        speed = f"{rows_per_second:,.0f} rows/s" if none else f"{tokens_per_second:,.0f} tokens/s"
+        what = f"loss {loss:.4f} | {speed} | ETA {timedelta(seconds=round(left))}"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=what)
         else:

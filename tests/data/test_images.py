@@ -162,6 +162,12 @@ def test_kinds_of_pictures(tmp_path, kind):
     np.testing.assert_allclose(got.astype(int), want, atol=1)
 
 
+def test_pictures_from_0_to_1_become_the_same_pixel_values():
+    for processor in (SIX, ImageProcessor((6, 6), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), rescale_factor=0.01)):
+        want = processor(PICTURES)
+        np.testing.assert_allclose(processor.normalise(PICTURES.transpose(0, 3, 1, 2) / 255), want, atol=1e-5)
+
+
 def test_arrays_and_channels():
     colour = np.array([[[255, 0, 0]]], np.uint8)
     assert grey_levels(colour, ImageProcessor((1, 1), 1, (0.0,), (1.0,))).tolist() == [[[76]]]

@@ -119,7 +119,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+slow = {"ia3", "bitfit", "prefix"}  # the same code as on the other encoders
+
+
+@pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] if m in slow else []) for m in METHODS])
 def test_laws(name):
     method, options = METHODS[name]
     model = tiny_vit()
@@ -143,6 +146,21 @@ def test_names_that_lora_means():
     )
     for off in (None, jnp.zeros((3, 1))):
         assert jnp.array_equal(jaxft.set_adapter(trained.model, off)(PIXELS), model(PIXELS))
+
+
+def test_a_classifier(tmp_path):
+    """Its head reads the class token, is new for other classes, and is then trained whatever the method."""
+    jaxft.save_model(tiny_vit(), tmp_path / "plain")
+    model, _ = jaxft.load(tmp_path / "plain", labels=("coat", "hat", "shoe"))
+    want = model.hidden(PIXELS)[:, 0] @ model.classifier.kernel.get_value()
+    np.testing.assert_allclose(model(PIXELS), want, atol=1e-5)
+    assert {p.rsplit(".", 1)[0] for p in jaxft.leaves(model) if "pooler" in p} == set()
+    report = jaxft.parameter_report(model, jaxft.PromptTuning(num_virtual_tokens=2))
+    assert report.trainable == 2 * 32 + 33 * 3
+    again, _ = jaxft.load(jaxft.save_model(model, tmp_path / "classifier"))
+    assert again.config.labels == ("coat", "hat", "shoe")
+    np.testing.assert_array_equal(again(PIXELS), model(PIXELS))
+    assert jaxft.load(tmp_path / "classifier", labels=("a", "b"))[0](PIXELS).shape == (3, 2)
 
 
 def test_on_a_mesh(tmp_path):

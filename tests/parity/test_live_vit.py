@@ -26,6 +26,8 @@ def test_there_and_back(name, tmp_path):
     ours, _ = jaxft.load(tmp_path / "theirs")
     want = vit_cases.expected(theirs)
     assert np.abs(ours.hidden(jnp.asarray(want["pixels"])) - want["hidden"]).max() < TOLERANCE
+    if "logits" in want:
+        assert np.abs(ours(want["pixels"]) - want["logits"]).max() < TOLERANCE
     jaxft.save_model(ours, tmp_path / "ours")
     again = type(theirs).from_pretrained(tmp_path / "ours")
     assert type(again).__name__ == type(ours).__name__
@@ -54,23 +56,22 @@ def test_the_peer_reads_our_processor(tmp_path):
 
 
 def total(model, batch, *, key):
-    hidden = model.hidden(batch["pixel_values"], key=key)
-    return jnp.square(hidden).sum(), jnp.float32(1), {}
+    return jnp.square(model.answer({"pixel_values": batch["pixel_values"]}, key)).sum(), jnp.float32(1), {}
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])  # there the classifier too
 def test_lora_of_peft(targets, tmp_path):
-    """Its adapter on our model: hidden states and gradients; ours, written again, is the same to the bit."""
+    """Its adapter on our model: logits and gradients; ours, written again, is the same to the bit."""
     base = vit_cases.model("classifier")
     base.save_pretrained(tmp_path / "base")
     made = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets))
     vit_cases.peers.roughen([p for n, p in sorted(made.named_parameters()) if "lora_" in n], 0.1)
     made.eval().save_pretrained(tmp_path / "theirs")
     pixels = vit_cases.pixels(base.config)
-    states = made.base_model.model.vit(torch.tensor(pixels)).last_hidden_state
-    states.square().sum().backward()
+    logits = made(pixel_values=torch.tensor(pixels)).logits
+    logits.square().sum().backward()
     model = jaxft.load_adapter(jaxft.load(tmp_path / "base")[0], tmp_path / "theirs")
-    assert np.abs(model.hidden(jnp.asarray(pixels)) - states.detach().numpy()).max() < TOLERANCE
+    assert np.abs(model(pixels) - logits.detach().numpy()).max() < TOLERANCE
     jaxft.save_adapter(model, tmp_path / "ours")
     ours, theirs = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
     assert ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in ours)
@@ -81,7 +82,24 @@ def test_lora_of_peft(targets, tmp_path):
     for key, p in made.named_parameters():
         if "lora_" in key:
             seen += 1
-            key = key.replace(".default", "")
-            want = p.grad.numpy()
+            key, want = key.replace(".default", ""), p.grad.numpy()
             np.testing.assert_allclose(theirs[key] - stepped[key], want, atol=1e-5 * np.abs(want).max(), rtol=1e-4)
-    assert seen == 2 * 2 * (2 if isinstance(targets, list) else 6)
+    assert seen == 2 * (2 * 2 if isinstance(targets, list) else 2 * 6 + 1)
+
+
+def test_a_new_head_reaches_peft(tmp_path):
+    """For other classes than the checkpoint's: trained beside LoRA, saved with it, and found there."""
+    vit_cases.model("classifier").save_pretrained(tmp_path / "base")
+    model, _ = jaxft.load(tmp_path / "base", labels=("no", "yes"))
+    pixels = vit_cases.pixels(vit_cases.transformers.ViTConfig(image_size=12))
+    state = jaxft.TrainState.create(model, jaxft.LoRA(r=2), optax.adamw(0.1))
+    for _ in range(2):
+        state, _ = jaxft.make_train_step(total)(state, {"pixel_values": jnp.asarray(pixels)})
+    folder = jaxft.save_adapter(state, tmp_path / "ours")
+    kind = vit_cases.transformers.ViTForImageClassification
+    base = kind.from_pretrained(tmp_path / "base", num_labels=2, ignore_mismatched_sizes=True)
+    theirs = peft.PeftModel.from_pretrained(base, folder).eval()
+    with torch.no_grad():
+        want = theirs(pixel_values=torch.tensor(pixels)).logits.numpy()
+    assert np.abs(state.model(pixels) - want).max() < TOLERANCE
+    assert np.abs(state.model(pixels) - model(pixels)).max() > 0.1

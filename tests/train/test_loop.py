@@ -84,7 +84,7 @@ def test_evaluation_is_over_tokens_whatever_the_batch():
         assert list(figures) == ["loss/a", "loss/b", "loss"]
         assert figures["loss"] == pytest.approx(expected, rel=1e-6)
         assert figures["loss/b"] == pytest.approx(sums[4:, 0].sum() / sums[4:, 1].sum(), rel=1e-6)
-    with pytest.raises(DataError, match="no token of it is trained"):
+    with pytest.raises(DataError, match="nothing of it is trained"):
         evaluate_loss(model, next_token_loss, [Dataset([example([1, 2], [True, False])])])
     with pytest.raises(DataError, match="'data' stands twice"):
         evaluate_loss(model, next_token_loss, [Dataset([example([1, 2], [True, True])])] * 2)
