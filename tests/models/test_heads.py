@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxft
+from jaxft.loading import with_pooling
 from jaxft.methods.method import Method
 from jaxft.models import CLASSIFIERS, FAMILIES
 from jaxft.testing import tiny_bert, tiny_gpt2, tiny_llama
@@ -198,3 +199,16 @@ def test_shapes_alone(folders):
     model, _ = jaxft.load(folders["bert"], labels=LABELS, abstract=True)
     report = jaxft.parameter_report(model, jaxft.LoRA(r=2))
     assert report.modules["classifier"] == 99
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_head_over_the_pooled_vector(folders, tmp_path, family):
+    """With another pooling the head reads that vector, and a folder of ours remembers it."""
+    plain, _ = jaxft.load(folders[family], labels=LABELS)
+    model = with_pooling(plain, "mean")
+    head = model.classifier if family == "bert" else model.score
+    want = jaxft.models.pooling.pool(model.hidden(**PADDED), PADDED["attention_mask"], "mean") @ head.kernel.get_value()
+    np.testing.assert_allclose(model(**PADDED), want, atol=1e-6)
+    assert np.abs(model(**PADDED) - plain(**PADDED)).max() > 1e-3
+    again, _ = jaxft.load(jaxft.save_model(model, tmp_path))
+    assert jnp.array_equal(again(**PADDED), model(**PADDED))
