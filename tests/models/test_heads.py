@@ -173,8 +173,23 @@ def test_an_adapter_of_a_head_that_is_no_longer_new(folders, tmp_path):
     assert jnp.array_equal(loaded(**PADDED), adapted(**PADDED))
     for method in (None, jaxft.BitFit()):
         assert "classifier.saved.default.kernel" in jaxft.leaves(jaxft.partition(loaded, method)[0])
+    low = jaxft.load_adapter(kept, jaxft.save_adapter(jaxft.attach(new, jaxft.LoRA(r=2)), tmp_path / "low"))
+    assert "classifier.saved.default.kernel" in jaxft.leaves(jaxft.partition(low, jaxft.LoRA(r=2))[0])
     other = jaxft.attach(loaded, jaxft.LoRA(r=2), name="other")
     assert not any(".saved.other." in path for path in jaxft.leaves(other))
+
+
+def test_heads_of_several_adapters(folders):
+    """Their mean is a head; a weighted sum of low-rank products would have none."""
+    model, _ = jaxft.load(folders["bert"], labels=LABELS)
+    for name, seed in (("a", 0), ("b", 1)):
+        model = jaxft.set_adapter(jaxft.attach(model, jaxft.LoRA(r=2), name=name, seed=seed), None)
+    model.classifier.saved["a"].kernel.set_value(jnp.ones((32, 3)))
+    model.classifier.saved["b"].kernel.set_value(3 * jnp.ones((32, 3)))
+    mean = jaxft.average_adapters(model, ["a", "b"], name="c")
+    np.testing.assert_array_equal(mean.classifier.saved["c"].kernel.get_value(), 2 * jnp.ones((32, 3)))
+    with pytest.raises(jaxft.MethodError, match="'a' has a copy of the head classifier, and heads do not add up"):
+        jaxft.add_weighted_adapter(model, {"a": 0.5, "b": 0.5}, name="d")
 
 
 def test_what_is_refused(folders, tmp_path):
