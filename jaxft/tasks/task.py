@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,7 +64,7 @@ class Task:
     def __init__(self, config: Config):
         self.config = config
 
-    @property
+    @cached_property
     def loss(self) -> ModelLoss:
         """The loss of a step."""
         raise NotImplementedError
