@@ -193,6 +193,6 @@ def eval_batches(examples: Sequence[Any], batch_size: int, collate: Callable[...
     >>> [int((batch["attention_mask"].sum(1) > 0).sum()) for batch in eval_batches(rows, 2)]
     [2, 1]
     """
-    order = sorted(examples, key=len)
+    order = sorted(examples, key=len) if by_length else examples
     for start in range(0, len(order), batch_size):
         yield collate(order[start : start + batch_size], rows=batch_size)

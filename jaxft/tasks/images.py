@@ -78,12 +78,9 @@ class ImageContrast(OfPictures, ContrastiveTask):
 
         The loss is that of whole batches, so that every image has as many negatives.
         """
-        whole = [
-            dataclasses.replace(d, examples=d.examples[: len(d) // batch_size * batch_size]) for d in data.held_out
-        ]
-        parts = [part if len(part) else d for part, d in zip(whole, data.held_out, strict=True)]
-        size = min(batch_size, *map(len, parts))
-        figures = evaluate_loss(model, self.loss, parts, batch_size=size, collate=self.collate())
+        size = min(batch_size, *map(len, data.held_out))
+        whole = [dataclasses.replace(d, examples=d.examples[: len(d) // size * size]) for d in data.held_out]
+        figures = evaluate_loss(model, self.loss, whole, batch_size=size, collate=self.collate(), by_length=False)
         rows = [row for part in data.held_out for row in part.examples]
 
         def vectors(rows: list[Any]) -> Any:

@@ -14,7 +14,7 @@ from ..data.columns import Reading, collate_texts, label_values, load_columns
 from ..data.labels import as_label, classes_of
 from ..errors import BatchError, ConfigError, DataError, refuse
 from .start import base_shape, tokenizer_of
-from .task import Data, Task
+from .task import Data, Task, spread
 
 
 class OfTexts(Task):
@@ -51,6 +51,10 @@ class OfTexts(Task):
 
         training, held_out = self.read_all(read, train=train)
         return Data(tokenizer, training, held_out, tuple(labels or ()))
+
+    def some(self, rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
+        """Return so many of the held-out rows, at even distances."""
+        return spread(rows, limit)
 
     def collate(self) -> Any:
         """Return what makes a batch of rows."""
