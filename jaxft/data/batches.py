@@ -185,8 +185,10 @@ class GroupedBatches(TrainBatches):
         return self.datasets[at[0]].examples[at[1]]
 
 
-def eval_batches(examples: Sequence[Any], batch_size: int, collate: Callable[..., Batch] = collate) -> Iterator[Batch]:
-    """Yield every example once, rows of like length together; the last batch is filled up with padding.
+def eval_batches(
+    examples: Sequence[Any], batch_size: int, collate: Callable[..., Batch] = collate, *, by_length: bool = True
+) -> Iterator[Batch]:
+    """Yield every example once, rows of like length together or as they come; the last batch is filled up.
 
     >>> from jaxft.data.tokens import example
     >>> rows = [example([i] * 3, [True] * 3) for i in range(3)]
