@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import CheckpointError, MethodError, refuse
-from ..methods import PARTS, Adapter, Full, Method
+from ..methods import ADDED, METHODS, Adapter, Full, Method
 from ..methods.heads import copied_heads, copy_heads, drop_heads, trained
 from ..methods.method import adapters, attach, copy_tree, parts_of, register
 from ..methods.partition import attached
@@ -254,7 +254,7 @@ def _same(tensors: Tensors, key: str, base: Any) -> bool:
 
 def own_config(method: Method, model: Any) -> dict[str, Any]:
     """Return the `adapter_config.json` of a method that peft does not know."""
-    names = {cls: key for key, cls in PARTS.items()}
+    names = {cls: key for key, cls in {**METHODS, **ADDED}.items()}
     unnamed = [type(part).__name__ for part in parts_of(method) if type(part) not in names]
     if unnamed:
         raise MethodError(f"{', '.join(unnamed)} has no entry in jaxft.methods.METHODS, so no folder can name it")
@@ -271,7 +271,7 @@ def own_method(config: dict[str, Any], where: str) -> Method:
     for part in parts:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in part.items() if k != "name"}
         try:
-            made.append(PARTS[part["name"]](**options))
+            made.append({**METHODS, **ADDED}[part["name"]](**options))
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{where}: no method of jaxft is made by {part!r} ({error})") from None
         except MethodError as error:

@@ -52,6 +52,10 @@ class Classification(Task):
         """Return the classes of the head that the model gets."""
         return data.labels
 
+    def planned_labels(self) -> tuple[str, ...]:
+        """Return the classes that the config names, or two, for a plan, which reads no rows."""
+        return self.options.labels or ("0", "1")
+
     def make_batches(self, data: Data) -> Any:
         """Return the batches; those of the contrastive steps, if there are any, come first."""
         t, first, steps = self.config.train, self.options.contrastive_steps, steps_of(self.config, data.train)
@@ -96,6 +100,10 @@ class TextClassification(OfTexts, Classification):
     def regression(self) -> bool:
         """Whether labels are numbers to be met."""
         return self.options.problem == "regression"
+
+    def planned_labels(self) -> tuple[str, ...]:
+        """Return the same; of a regression the one output."""
+        return SCORE if self.regression else super().planned_labels()
 
     def load_data(self, *, train: bool = True) -> Data:
         """Read the rows. The classes are the config's, or those of the training rows."""

@@ -1,6 +1,8 @@
 """Contrastive tuning: positives together, negatives apart, of pairs, triplets, labelled and scored texts."""
 
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -14,15 +16,17 @@ from ..data.columns import TEXTS
 from ..embedding import embed_rows
 from ..embedding_picture import draw_embeddings, draw_pairs
 from ..errors import ConfigError, DataError
+from ..interop.sentence_transformers import save_sentence_transformer
 from ..losses import make_contrastive_loss
 from ..methods.temperature import LearnedTemperature
+from ..models.sentence_folder import read_sentence_folder
 from ..probes import knn_accuracy, linear_probe
 from ..run import RunFolder
 from ..similarity import mean_reciprocal_rank, paired_cosine, pearson, recall_at_k, retrieval_ranks, spearman
 from ..train.evaluate import evaluate_loss
 from ..train.state import TrainState
 from ..train.step import ModelLoss
-from .start import load_state
+from .start import base_folder, load_state
 from .task import Data, Task, steps_of
 from .texts import OfTexts, check_scores_differ, classes_in
 
@@ -121,6 +125,11 @@ class TextContrast(OfTexts, ContrastiveTask):
         "scored_pairs": ("cosent", "cosine_regression", "pairwise_contrastive"),
     }
 
+    def write(self, model: Any, folder: Path, data: Data) -> Path:
+        """Write the whole model, as a folder that says how it pools and how long texts are."""
+        prompts = read_sentence_folder(base_folder(self.config)).prompts
+        return save_sentence_transformer(model, folder, data.tokenizer, prompts=prompts)
+
     @property
     def loss(self) -> ModelLoss:
         """The loss of a step."""
@@ -135,7 +144,7 @@ class TextContrast(OfTexts, ContrastiveTask):
     def load_data(self, *, train: bool = True) -> Data:
         """Read the rows; labelled training rows always, since the held-out ones are compared with them."""
         labelled = self.form == "labelled"
-        names = classes_in((*self.config.data.train, *(self.config.data.eval or ()))) if labelled else None
+        names = classes_in(self.config.data.train) if labelled else None
         return self.read_texts(train=train or labelled, labels=names)
 
     def check_evaluation(self, data: Data) -> None:
@@ -171,7 +180,7 @@ class TextContrast(OfTexts, ContrastiveTask):
             return embed_rows(model, [row.tokens[column] for row in rows], batch_size)
 
         if self.form == "labelled":
-            known = [row for part in data.train for row in part.examples][:REFERENCES]
+            known = references([row for part in data.train for row in part.examples])
             found = vectors(rows, "text")
             return {**figures, **by_class(vectors(known, "text"), classes(known), found, classes(rows))}, found
         columns = {name: vectors(rows, name) for name in rows[0].tokens}
@@ -195,6 +204,19 @@ def by_class(known: Any, there: list[int], vectors: Any, labels: list[int]) -> d
     """Return accuracy by the nearest of known vectors, and of a linear probe that is fitted to them."""
     nearest = knn_accuracy(known, there, vectors, labels, k=min(NEIGHBOURS, len(known)))
     return {"knn_accuracy": nearest, "probe_accuracy": linear_probe(known, there, vectors, labels)}
+
+
+def references(rows: list[Any]) -> list[Any]:
+    """Return the training rows that held-out ones are compared with: all, or of many the first of each class."""
+    if len(rows) <= REFERENCES:
+        return rows
+    seen: Counter[int] = Counter()
+    share = max(1, REFERENCES // len({row.value for row in rows}))
+    kept = []
+    for row in rows:
+        seen[row.value] += 1
+        kept += [row] if seen[row.value] <= share else []
+    return kept
 
 
 def classes(rows: list[Any]) -> list[int]:

@@ -29,7 +29,7 @@ from ..methods.temperature import temperature_of
 from ..models.seams import number
 from ..train.evaluate import evaluate_loss
 from ..train.step import ModelLoss
-from .contrastive import REFERENCES, ContrastiveTask, by_class, classes
+from .contrastive import REFERENCES, ContrastiveTask, by_class, classes, references
 from .pictures import OfPictures, collate_pictures
 from .task import Data, steps_of
 
@@ -78,9 +78,9 @@ class ImageContrast(OfPictures, ContrastiveTask):
             return embed_images(model, collate_pictures(rows)["pixel_values"], batch_size)
 
         found = vectors(rows)
-        if rows[0].value is None:
+        if rows[0].value is None or len(data.labels) < 2:
             return figures, found
-        known = [row for part in data.train for row in part.examples][:REFERENCES]
+        known = references([row for part in data.train for row in part.examples])
         return {**figures, **by_class(vectors(known), classes(known), found, classes(rows))}, found
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -181,6 +181,9 @@ class RegionContrast(OfPictures, ContrastiveTask):
             return Dataset(rows, source.name, source.weight, images.skipped)
 
         training, held_out = self.read_all(read, train=True)
+        there = {label for part in training for row in part.examples for label in row.labels.tolist()} - {IGNORED}
+        if len(there) < 2:
+            raise DataError("data.train: all boxes are of one class, so there is nothing to push apart")
         return Data(processor, training, held_out, tuple(found))
 
     def collate(self) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from ..config import Config, Source
 from ..data import Dataset
 from ..errors import DataError, refuse
+from ..interop.export import save_model
 from ..run import RunFolder
 from ..train.state import TrainState
 from ..train.step import ModelLoss
@@ -102,6 +104,10 @@ class Task:
     def keep(self, run: RunFolder, step: int, data: Data, made: Any) -> None:
         """Keep in the run's folder what an evaluation has made besides its figures."""
 
+    def write(self, model: Any, folder: Path, data: Data) -> Path:
+        """Write the whole model that a run has trained."""
+        return save_model(model, folder, data.tokenizer)
+
     def draw(self, run: RunFolder, data: Data) -> None:
         """Draw what the task has to show besides the curves, at the end."""
 
@@ -112,6 +118,10 @@ class Task:
     def head_labels(self, data: Data) -> tuple[str, ...]:
         """Return the classes of the head that the model gets for this task; () where it gets none."""
         del data
+        return ()
+
+    def planned_labels(self) -> tuple[str, ...]:
+        """Return the classes of the head for a plan, which reads no rows."""
         return ()
 
     def load_state(self, steps: int, mesh: Mesh | None, data: Data) -> TrainState:

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxft
+from jaxft.loading import with_pooling
 from jaxft.methods.method import Method
 from jaxft.models import CLASSIFIERS, FAMILIES
 from jaxft.testing import tiny_bert, tiny_gpt2, tiny_llama
@@ -172,8 +173,23 @@ def test_an_adapter_of_a_head_that_is_no_longer_new(folders, tmp_path):
     assert jnp.array_equal(loaded(**PADDED), adapted(**PADDED))
     for method in (None, jaxft.BitFit()):
         assert "classifier.saved.default.kernel" in jaxft.leaves(jaxft.partition(loaded, method)[0])
+    low = jaxft.load_adapter(kept, jaxft.save_adapter(jaxft.attach(new, jaxft.LoRA(r=2)), tmp_path / "low"))
+    assert "classifier.saved.default.kernel" in jaxft.leaves(jaxft.partition(low, jaxft.LoRA(r=2))[0])
     other = jaxft.attach(loaded, jaxft.LoRA(r=2), name="other")
     assert not any(".saved.other." in path for path in jaxft.leaves(other))
+
+
+def test_heads_of_several_adapters(folders):
+    """Their mean is a head; a weighted sum of low-rank products would have none."""
+    model, _ = jaxft.load(folders["bert"], labels=LABELS)
+    for name, seed in (("a", 0), ("b", 1)):
+        model = jaxft.set_adapter(jaxft.attach(model, jaxft.LoRA(r=2), name=name, seed=seed), None)
+    model.classifier.saved["a"].kernel.set_value(jnp.ones((32, 3)))
+    model.classifier.saved["b"].kernel.set_value(3 * jnp.ones((32, 3)))
+    mean = jaxft.average_adapters(model, ["a", "b"], name="c")
+    np.testing.assert_array_equal(mean.classifier.saved["c"].kernel.get_value(), 2 * jnp.ones((32, 3)))
+    with pytest.raises(jaxft.MethodError, match="'a' has a copy of the head classifier, and heads do not add up"):
+        jaxft.add_weighted_adapter(model, {"a": 0.5, "b": 0.5}, name="d")
 
 
 def test_what_is_refused(folders, tmp_path):
@@ -198,3 +214,16 @@ def test_shapes_alone(folders):
     model, _ = jaxft.load(folders["bert"], labels=LABELS, abstract=True)
     report = jaxft.parameter_report(model, jaxft.LoRA(r=2))
     assert report.modules["classifier"] == 99
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_head_over_the_pooled_vector(folders, tmp_path, family):
+    """With another pooling the head reads that vector, and a folder of ours remembers it."""
+    plain, _ = jaxft.load(folders[family], labels=LABELS)
+    model = with_pooling(plain, "mean")
+    head = model.classifier if family == "bert" else model.score
+    want = jaxft.models.pooling.pool(model.hidden(**PADDED), PADDED["attention_mask"], "mean") @ head.kernel.get_value()
+    np.testing.assert_allclose(model(**PADDED), want, atol=1e-6)
+    assert np.abs(model(**PADDED) - plain(**PADDED)).max() > 1e-3
+    again, _ = jaxft.load(jaxft.save_model(model, tmp_path))
+    assert jnp.array_equal(again(**PADDED), model(**PADDED))
