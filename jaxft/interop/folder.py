@@ -15,6 +15,7 @@ from ..methods.heads import copied_heads, copy_heads, drop_heads, trained
 from ..methods.method import adapters, attach, copy_tree, parts_of, register
 from ..methods.partition import attached
 from ..methods.switch import all_off, set_adapter
+from ..models.hub import same_classes
 from ..models.layers import Embed
 from ..models.names import named_modules
 from ..models.placement import place
@@ -167,6 +168,7 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         raise CheckpointError(f"{where}: {error}") from None
     heads = library.heads_of(folder, model) if theirs else heads_of(config, model)
     if heads:
+        check_classes(folder, model)
         copy_heads(fresh, method, name, heads)
     else:
         drop_heads(fresh, name)  # it was trained on a model without one
@@ -201,6 +203,16 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
     if not (folder / LABELS).is_file():
         return None
     return tuple(map(str, read_json(folder / LABELS).get("labels") or ())) or None
+
+
+def check_classes(folder: Path, model: Any) -> None:
+    """Refuse a head for other classes than the model's, or for them in another order, as far as both have names."""
+    named, labels = read_labels(folder) or library.read_labels(folder), model.config.labels
+    if named and not same_classes(named, labels) and not same_classes(labels, named):
+        raise CheckpointError(
+            f"{folder}: its head is for the classes {list(named)}, this model's for {list(labels)}: load the base with "
+            f"jaxft.load(..., labels={named!r})"
+        )
 
 
 def _bare(places: dict[str, Entry], tensors: Tensors, prefix: str) -> dict[str, Entry]:

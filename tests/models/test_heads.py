@@ -201,6 +201,9 @@ def test_what_is_refused(folders, tmp_path):
     folder = jaxft.save_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), tmp_path)
     with pytest.raises(jaxft.CheckpointError, match=r"the adapter of a classifier, .* labels=\.\.\."):
         jaxft.load_adapter(jaxft.load(folders["bert"])[0], folder)
+    with pytest.raises(jaxft.CheckpointError, match=r"for the classes \['bad', 'so so', 'good'\], .*\['a', 'b'\]"):
+        jaxft.load_adapter(jaxft.load(folders["bert"], labels=("a", "b"))[0], folder)
+    (folder / "labels.json").unlink()
     with pytest.raises(jaxft.CheckpointError, match=r"classifier\.weight is \(3, 32\) in the file, \(2, 32\) in this"):
         jaxft.load_adapter(jaxft.load(folders["bert"], labels=("a", "b"))[0], folder)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -227,3 +230,18 @@ def test_a_head_over_the_pooled_vector(folders, tmp_path, family):
     assert np.abs(model(**PADDED) - plain(**PADDED)).max() > 1e-3
     again, _ = jaxft.load(jaxft.save_model(model, tmp_path))
     assert jnp.array_equal(again(**PADDED), model(**PADDED))
+
+
+def test_the_names_of_an_adapters_classes(folders, tmp_path):
+    """In another order the answers would be swapped: refused; a base without names takes any."""
+    model, _ = jaxft.load(folders["bert"], labels=("neg", "pos"))
+    swapped, _ = jaxft.load(folders["bert"], labels=("pos", "neg"))
+    nameless, _ = jaxft.load(folders["bert"], labels=("LABEL_0", "LABEL_1"))
+    for n, method in enumerate((jaxft.LoRA(r=2), jaxft.Adapter(reduction_factor=8))):
+        folder = jaxft.save_adapter(jaxft.attach(model, method), tmp_path / str(n))
+        if n:
+            (folder / "labels.json").unlink()  # as the adapters library writes it, which names them in its own file
+        with pytest.raises(jaxft.CheckpointError, match=r"classes \['neg', 'pos'\], .*\['pos', 'neg'\]"):
+            jaxft.load_adapter(swapped, folder)
+        assert jaxft.load_adapter(model, folder)(**PADDED).shape == (2, 2)
+        assert jaxft.load_adapter(nameless, folder)(**PADDED).shape == (2, 2)
