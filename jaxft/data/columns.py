@@ -208,9 +208,15 @@ def collate_texts(examples: Sequence[Texts], *, rows: int | None = None, limit: 
     """
     rows = rows or len(examples)
     batch: Batch = {}
-    for column in examples[0].tokens:
+    widths = {
+        column: width_of(max(len(row.tokens[column]["input_ids"]) for row in examples), NARROWEST_TEXT)
+        for column in examples[0].tokens
+    }
+    widest = max(widths.values())
+    for column, width in widths.items():
         prefix = "" if column == "text" else f"{column}_"
-        texts = pad([row.tokens[column] for row in examples], rows, limit)
+        # columns of like widths share one: each pair of widths would be a program to compile
+        texts = pad([row.tokens[column] for row in examples], rows, limit, widest if 2 * width > widest else width)
         batch |= {f"{prefix}{name}": x for name, x in texts.items()}
         if prefix:
             same = [row.same[column] for row in examples]
