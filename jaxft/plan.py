@@ -181,14 +181,15 @@ def _use_cache(on: bool) -> None:
 
 def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainState:
     """Return the first state of a config's run, as shapes."""
-    m = config.model
+    m, labels = config.model, task_of(config).planned_labels()
+    head: dict[str, Any] = {"labels": labels} if labels else {}
     options: dict[str, Any] = {"dtype": dtype_of(config), "remat": choose_remat(config, platform), "mesh": mesh}
     if m.config is not None:
-        model: Any = abstract_model(shape_of(config, **options))
+        model: Any = abstract_model(shape_of(config, **options).replace(**head))
     elif RunFolder(m.source).started:
-        model = load(m.source, **options, abstract=True)[0]
+        model = load(m.source, **options, **head, abstract=True)[0]
     else:
-        model = load_model(resolve(m.source, weights=False), **options, abstract=True)
+        model = load_model(resolve(m.source, weights=False), **options, **head, abstract=True)
     method = config.make_method()
     method = method if method is None else method.loaded()  # a prompt's first words make no difference
     if method is None:

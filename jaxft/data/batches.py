@@ -185,14 +185,16 @@ class GroupedBatches(TrainBatches):
         return self.datasets[at[0]].examples[at[1]]
 
 
-def eval_batches(examples: Sequence[Any], batch_size: int, collate: Callable[..., Batch] = collate) -> Iterator[Batch]:
-    """Yield every example once, rows of like length together; the last batch is filled up with padding.
+def eval_batches(
+    examples: Sequence[Any], batch_size: int, collate: Callable[..., Batch] = collate, *, by_length: bool = True
+) -> Iterator[Batch]:
+    """Yield every example once, rows of like length together or as they come; the last batch is filled up.
 
     >>> from jaxft.data.tokens import example
     >>> rows = [example([i] * 3, [True] * 3) for i in range(3)]
     >>> [int((batch["attention_mask"].sum(1) > 0).sum()) for batch in eval_batches(rows, 2)]
     [2, 1]
     """
-    order = sorted(examples, key=len)
+    order = sorted(examples, key=len) if by_length else examples
     for start in range(0, len(order), batch_size):
         yield collate(order[start : start + batch_size], rows=batch_size)

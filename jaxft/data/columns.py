@@ -15,7 +15,7 @@ from .rows import BadRow, Row, read_rows
 from .source import Dataset, check_columns, renamed, sorted_out, stem
 from .tokens import IGNORED
 
-TEXTS = {  # format -> its columns of text; a row may lack those in parentheses
+TEXTS = {  # format -> its columns of text; a row may lack `text_pair`
     "pairs": ("anchor", "positive"),
     "triplets": ("anchor", "positive", "negative"),
     "scored_pairs": ("sentence1", "sentence2"),
@@ -233,7 +233,7 @@ def pad(tokens: Sequence[Mapping[str, Any]], rows: int, limit: int | None = None
     longest = max(len(t["input_ids"]) for t in tokens)
     width = width_of(longest, NARROWEST_TEXT) if width is None else width
     width = width if limit is None else max(longest, min(width, limit))
-    names = ["input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in tokens[0] else [])]
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if any("token_type_ids" in t for t in tokens) else [])]
     batch = {name: np.zeros((rows, width), np.int32) for name in names}
     for i, text in enumerate(tokens):
         length = len(text["input_ids"])

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import CheckpointError, MethodError, refuse
-from ..methods import PARTS, Adapter, Full, Method
+from ..methods import ADDED, METHODS, Adapter, Full, Method
 from ..methods.heads import copied_heads, copy_heads, drop_heads, trained
 from ..methods.method import adapters, attach, copy_tree, parts_of, register
 from ..methods.partition import attached
 from ..methods.switch import all_off, set_adapter
+from ..models.hub import same_classes
 from ..models.layers import Embed
 from ..models.names import named_modules
 from ..models.placement import place
@@ -167,6 +168,7 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         raise CheckpointError(f"{where}: {error}") from None
     heads = library.heads_of(folder, model) if theirs else heads_of(config, model)
     if heads:
+        check_classes(folder, model)
         copy_heads(fresh, method, name, heads)
     else:
         drop_heads(fresh, name)  # it was trained on a model without one
@@ -201,6 +203,16 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
     if not (folder / LABELS).is_file():
         return None
     return tuple(map(str, read_json(folder / LABELS).get("labels") or ())) or None
+
+
+def check_classes(folder: Path, model: Any) -> None:
+    """Refuse a head for other classes than the model's, or for them in another order, as far as both have names."""
+    named, labels = read_labels(folder) or library.read_labels(folder), model.config.labels
+    if named and not same_classes(named, labels) and not same_classes(labels, named):
+        raise CheckpointError(
+            f"{folder}: its head is for the classes {list(named)}, this model's for {list(labels)}: load the base with "
+            f"jaxft.load(..., labels={named!r})"
+        )
 
 
 def _bare(places: dict[str, Entry], tensors: Tensors, prefix: str) -> dict[str, Entry]:
@@ -254,7 +266,7 @@ def _same(tensors: Tensors, key: str, base: Any) -> bool:
 
 def own_config(method: Method, model: Any) -> dict[str, Any]:
     """Return the `adapter_config.json` of a method that peft does not know."""
-    names = {cls: key for key, cls in PARTS.items()}
+    names = {cls: key for key, cls in {**METHODS, **ADDED}.items()}
     unnamed = [type(part).__name__ for part in parts_of(method) if type(part) not in names]
     if unnamed:
         raise MethodError(f"{', '.join(unnamed)} has no entry in jaxft.methods.METHODS, so no folder can name it")
@@ -271,7 +283,7 @@ def own_method(config: dict[str, Any], where: str) -> Method:
     for part in parts:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in part.items() if k != "name"}
         try:
-            made.append(PARTS[part["name"]](**options))
+            made.append({**METHODS, **ADDED}[part["name"]](**options))
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{where}: no method of jaxft is made by {part!r} ({error})") from None
         except MethodError as error:

@@ -82,7 +82,8 @@ def config_of(method: Method, model: Any, heads: tuple[str, ...] = ()) -> dict[s
     form = FORMATS[type(method)]
     config = {**common(form.kind, model), **form.config_of(method, model)}
     if heads:
-        ends = (*AUTOMATIC, *(path.rsplit(".", 1)[-1] for path in heads), *(config.get("modules_to_save") or ()))
+        always = AUTOMATIC if config["task_type"] == "SEQ_CLS" else ()
+        ends = (*always, *(path.rsplit(".", 1)[-1] for path in heads), *(config.get("modules_to_save") or ()))
         config["modules_to_save"] = list(dict.fromkeys(ends))
     return config
 

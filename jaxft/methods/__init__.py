@@ -23,12 +23,12 @@ METHODS: dict[str, type[Method]] = {
     "p_tuning": PTuning,
     "p_tuning_v2": PTuningV2,
 }
-PARTS = {**METHODS, "learned_temperature": LearnedTemperature}  # what a folder can name: also what a task adds
+ADDED: dict[str, type[Method]] = {"learned_temperature": LearnedTemperature}  # by a task; none of them stands alone
 
 __all__ = [
+    "ADDED",
     "IA3",
     "METHODS",
-    "PARTS",
     "Adapter",
     "BitFit",
     "Full",

@@ -37,8 +37,8 @@ class Adapter(Method):
     first, so that nothing changes (the library draws both from N(0, 0.02^2) for pfeiffer and houlsby and calls it
     close to the identity; `init="bert"` does so too); new layer norms, gates and heads are not part of it. On a
     pre-norm block the library's parallel adapter reads the stream as it is, not normed; the authors' code is
-    post-norm, so this is a choice: `parallel_input`. Over a bfloat16 base houlsby is the base to rounding alone, since
-    XLA may then keep the sum that it stands in wider than the base's.
+    post-norm, so this is a choice: `parallel_input`. Over a bfloat16 base houlsby is the base to rounding alone, and
+    in a post-norm block every kind is, since XLA may round the sum that it stands in otherwise than the base's.
 
     Attributes:
         kind: `"pfeiffer"`, `"houlsby"` or `"parallel"`.

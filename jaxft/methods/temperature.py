@@ -79,7 +79,7 @@ def temperature_of(model: Any, fixed: Any) -> Any:
     if model.adapter_weights.get_value().ndim > 1:
         raise BatchError("a learned temperature is one for the batch, and here each row has adapter weights of its own")
     ctx = model.context(1)
-    scale = -jnp.log(jnp.float32(fixed))
+    fixed, change = jnp.float32(fixed), jnp.float32(0)  # of log(1 / t): exactly `fixed` where no adapter counts
     for name, module in hung.items():
-        scale = mix(scale, module.log_scale.get_value(), ctx.weight(name))
-    return jnp.exp(-scale)
+        change = mix(change, module.log_scale.get_value() + jnp.log(fixed), ctx.weight(name))
+    return fixed * jnp.exp(-change)

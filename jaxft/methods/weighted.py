@@ -23,6 +23,7 @@ from .combine import (
     truncated_product,
     weighted_sum,
 )
+from .heads import copied_heads
 from .lora import LoRA
 from .low_rank import LowRank
 from .method import Method, attach
@@ -102,6 +103,11 @@ def add_weighted_adapter(
     meant = carried(model, weights, name)
     problems = [*_option_problems(weights, combination, density, majority_sign_method, svd_rank, seed)]
     problems += [what for given, method in meant.items() if (what := _no_plain_lora(given, method))]
+    problems += [
+        f"{given!r} has a copy of the head {head}, and heads do not add up (jaxft.average_adapters takes their mean)"
+        for given in meant
+        for head in copied_heads(model, given)
+    ]
     refuse(MethodError, f"adapters that cannot be combined by {combination!r}", problems)
     parts, targets = _parts(model, weights)
     ranks = [[part.a.shape[1] for part in at] for layers in parts.values() for at in layers.values()]

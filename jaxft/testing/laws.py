@@ -20,7 +20,7 @@ import optax
 from ..interop.folder import load_adapter, save_adapter
 from ..losses.entropy import IGNORED
 from ..losses.language import next_token_loss
-from ..methods import METHODS, Full
+from ..methods import ADDED, METHODS, Full
 from ..methods.method import Method, adapters, attach, owner, parts_of
 from ..methods.partition import combine, leaves, partition, trainable_mask
 from ..methods.report import parameter_report
@@ -168,7 +168,7 @@ def law_count(method: Method, model: Any, batch: Batch, loss: Any, count: int | 
 
 def law_saved(method: Method, model: Any, batch: Batch, loss: Any, **_: Any) -> None:
     """Saved and loaded again, the adapter is the same, bit for bit."""
-    if not all(type(part) in METHODS.values() and not isinstance(part, Full) for part in parts_of(method)):
+    if not all(type(part) in {**METHODS, **ADDED}.values() and not isinstance(part, Full) for part in parts_of(method)):
         return  # a whole model is written by save_model, and a folder can only name what METHODS does
     state = TrainState.create(model, method, TX)
     state, _ = step_of(loss)(state, batch)

@@ -57,6 +57,14 @@ def test_labels_scores_and_second_texts(tmp_path):
     assert collate_texts(data.examples)["score"].tolist() == pytest.approx([0.8, 0.2])
 
 
+def test_a_second_text_in_some_rows(tmp_path):
+    """The type of a text that stands alone is 0, whether it comes first or not."""
+    rows = [{"text": "ab", "label": 0}, {"text": "a", "text_pair": "bc", "label": 1}]
+    for order, want in ((1, [[0, 0, 0], [0, 1, 1]]), (-1, [[0, 1, 1], [0, 0, 0]])):
+        data = load(tmp_path, rows[::order], "labelled", labels=("a", "b"))
+        assert collate_texts(data.examples)["token_type_ids"][:, :3].tolist() == want
+
+
 def test_known_texts_are_shared_by_sources(tmp_path):
     reading = Reading("pairs", 8)
     file = tmp_path / "a.csv"

@@ -13,7 +13,7 @@ from jaxft.losses import classification_loss, make_contrastive_loss
 from jaxft.methods import LearnedTemperature
 from jaxft.models import CLASSIFIERS
 from jaxft.models.hub import fresh_model
-from jaxft.testing import tiny_bert
+from jaxft.testing import check_method, tiny_bert
 from jaxft.testing.laws import gradients
 
 B, T, VOCABULARY = 8, 6, 64
@@ -251,6 +251,13 @@ def test_a_temperature_that_is_learned(model, tmp_path):
     rows = jaxft.set_adapter(again, jnp.ones((B, 1)))
     with pytest.raises(jaxft.BatchError, match="a learned temperature is one for the batch"):
         loss(rows, PAIRS)
+
+
+def test_the_laws_of_a_temperature(model):
+    """With an adapter, under a loss that reads it; alone it is no method."""
+    method = jaxft.LoRA(r=2) | LearnedTemperature(0.2)
+    loss = make_contrastive_loss("supervised_contrastive")
+    check_method(method, model, LABELLED, loss=loss, identity=False, count=2 * 2 * 2 * 32 + 1)
 
 
 def test_a_temperature_alone():

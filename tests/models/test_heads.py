@@ -173,8 +173,23 @@ def test_an_adapter_of_a_head_that_is_no_longer_new(folders, tmp_path):
     assert jnp.array_equal(loaded(**PADDED), adapted(**PADDED))
     for method in (None, jaxft.BitFit()):
         assert "classifier.saved.default.kernel" in jaxft.leaves(jaxft.partition(loaded, method)[0])
+    low = jaxft.load_adapter(kept, jaxft.save_adapter(jaxft.attach(new, jaxft.LoRA(r=2)), tmp_path / "low"))
+    assert "classifier.saved.default.kernel" in jaxft.leaves(jaxft.partition(low, jaxft.LoRA(r=2))[0])
     other = jaxft.attach(loaded, jaxft.LoRA(r=2), name="other")
     assert not any(".saved.other." in path for path in jaxft.leaves(other))
+
+
+def test_heads_of_several_adapters(folders):
+    """Their mean is a head; a weighted sum of low-rank products would have none."""
+    model, _ = jaxft.load(folders["bert"], labels=LABELS)
+    for name, seed in (("a", 0), ("b", 1)):
+        model = jaxft.set_adapter(jaxft.attach(model, jaxft.LoRA(r=2), name=name, seed=seed), None)
+    model.classifier.saved["a"].kernel.set_value(jnp.ones((32, 3)))
+    model.classifier.saved["b"].kernel.set_value(3 * jnp.ones((32, 3)))
+    mean = jaxft.average_adapters(model, ["a", "b"], name="c")
+    np.testing.assert_array_equal(mean.classifier.saved["c"].kernel.get_value(), 2 * jnp.ones((32, 3)))
+    with pytest.raises(jaxft.MethodError, match="'a' has a copy of the head classifier, and heads do not add up"):
+        jaxft.add_weighted_adapter(model, {"a": 0.5, "b": 0.5}, name="d")
 
 
 def test_what_is_refused(folders, tmp_path):
@@ -186,6 +201,9 @@ def test_what_is_refused(folders, tmp_path):
     folder = jaxft.save_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), tmp_path)
     with pytest.raises(jaxft.CheckpointError, match=r"the adapter of a classifier, .* labels=\.\.\."):
         jaxft.load_adapter(jaxft.load(folders["bert"])[0], folder)
+    with pytest.raises(jaxft.CheckpointError, match=r"for the classes \['bad', 'so so', 'good'\], .*\['a', 'b'\]"):
+        jaxft.load_adapter(jaxft.load(folders["bert"], labels=("a", "b"))[0], folder)
+    (folder / "labels.json").unlink()
     with pytest.raises(jaxft.CheckpointError, match=r"classifier\.weight is \(3, 32\) in the file, \(2, 32\) in this"):
         jaxft.load_adapter(jaxft.load(folders["bert"], labels=("a", "b"))[0], folder)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -212,3 +230,18 @@ def test_a_head_over_the_pooled_vector(folders, tmp_path, family):
     assert np.abs(model(**PADDED) - plain(**PADDED)).max() > 1e-3
     again, _ = jaxft.load(jaxft.save_model(model, tmp_path))
     assert jnp.array_equal(again(**PADDED), model(**PADDED))
+
+
+def test_the_names_of_an_adapters_classes(folders, tmp_path):
+    """In another order the answers would be swapped: refused; a base without names takes any."""
+    model, _ = jaxft.load(folders["bert"], labels=("neg", "pos"))
+    swapped, _ = jaxft.load(folders["bert"], labels=("pos", "neg"))
+    nameless, _ = jaxft.load(folders["bert"], labels=("LABEL_0", "LABEL_1"))
+    for n, method in enumerate((jaxft.LoRA(r=2), jaxft.Adapter(reduction_factor=8))):
+        folder = jaxft.save_adapter(jaxft.attach(model, method), tmp_path / str(n))
+        if n:
+            (folder / "labels.json").unlink()  # as the adapters library writes it, which names them in its own file
+        with pytest.raises(jaxft.CheckpointError, match=r"classes \['neg', 'pos'\], .*\['pos', 'neg'\]"):
+            jaxft.load_adapter(swapped, folder)
+        assert jaxft.load_adapter(model, folder)(**PADDED).shape == (2, 2)
+        assert jaxft.load_adapter(nameless, folder)(**PADDED).shape == (2, 2)

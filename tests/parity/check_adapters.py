@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-FAMILIES = ("llama", "gpt2")
+FAMILIES = ("llama", "gpt2", "bert", "roberta")
+CLASSES = ("bad", "so so", "good")  # of the encoders, whose new head is trained and goes into the folder
 CASES = {
     "pfeiffer": {},
     "pfeiffer-learned": {"scale": "learned", "size": 5, "non_linearity": "gelu"},
@@ -34,12 +35,49 @@ def batch():
     return {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
 
 
+def rows(pad):
+    """For encoders whole and padded right, with the id that RoBERTa counts no position for."""
+    found = {k: v[:2] for k, v in batch().items() if k != "position_ids"}
+    return {**found, "input_ids": np.where(found["attention_mask"], found["input_ids"], pad)}
+
+
+def squared(model, batch, *, key):
+    """A model loss: rows are to give one-hot logits."""
+    import jax.numpy as jnp
+
+    logits = model(batch["input_ids"], batch["attention_mask"], key=key)
+    return jnp.square(logits - jnp.eye(2, 3)).sum(), 2, {}
+
+
+def make_encoders(root):
+    import optax
+
+    import jaxft
+    from jaxft.models.hub import fresh_model
+    from jaxft.models.roberta import RobertaConfig
+    from jaxft.testing.tiny import BERT
+
+    roberta = RobertaConfig.from_raw({**BERT, "model_type": "roberta", "pad_token_id": 1})
+    for family, plain in (("bert", jaxft.testing.tiny_bert()), ("roberta", fresh_model(roberta))):
+        base, _ = jaxft.load(jaxft.save_model(plain, root / f"plain-{family}"), labels=CLASSES)
+        jaxft.save_model(base, root / family)
+        inputs = rows(1)
+        for case, options in CASES.items():
+            state = jaxft.TrainState.create(base, jaxft.Adapter(**options), optax.adam(0.1))
+            step = jaxft.make_train_step(squared)
+            for _ in range(3):
+                state, _ = step(state, inputs)
+            folder = jaxft.save_adapter(state, root / f"{family}-{case}")
+            np.savez(folder / "logits.npz", adapted=state.model(**inputs), base=base(**inputs))
+
+
 def make(root):
     import optax
 
     import jaxft
 
-    for family in FAMILIES:
+    make_encoders(root)
+    for family in FAMILIES[:2]:
         base = jaxft.testing.tiny_llama() if family == "llama" else jaxft.testing.tiny_gpt2()
         jaxft.save_model(base, root / family)
         inputs = {k: v for k, v in batch().items() if k != "position_ids"}
@@ -62,9 +100,12 @@ def check(root):
     print("adapters", adapters.__version__, "transformers", transformers.__version__)
     inputs, real, seen, worst = batch(), batch()["attention_mask"][..., None], 0, 0.0
     for family in FAMILIES:
+        auto = transformers.AutoModelForCausalLM
+        if family in FAMILIES[2:]:
+            auto, inputs, real = transformers.AutoModelForSequenceClassification, rows(1), 1
         for case in CASES:
             folder, found = root / f"{family}-{case}", {}
-            model = transformers.AutoModelForCausalLM.from_pretrained(root / family).float()
+            model = auto.from_pretrained(root / family).float()
             adapters.init(model)
             name = model.load_adapter(str(folder), use_safetensors=True, loading_info=found, set_active=True)
             assert not found["missing_keys"] and not found["unexpected_keys"], found

@@ -94,6 +94,7 @@ def test_vectors_first_and_then_the_head(place, train):
     assert (code, "classify.contrastive_steps: 4 of 4 steps" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_numbers(place, train):
     rows = [{"text": row["sentence1"], "text_pair": row["sentence2"], "label": row["score"] / 5} for row in SCORED]
     (place / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -103,6 +104,7 @@ def test_numbers(place, train):
     assert jaxft.load(place / "numbers")[0].config.labels == ("score",)
 
 
+@pytest.mark.slow
 def test_scored_pairs_and_going_on(place, train, run, monkeypatch):
     more = ", score_range: [0, 5]"
     code, _, err = train("scored", "contrastive", "scored_pairs", "scored", more=more)
@@ -137,6 +139,7 @@ def test_pairs_with_a_temperature_that_is_learned(place, train):
     assert model.temperature is not None
 
 
+@pytest.mark.slow
 def test_classes_pulled_together_and_gone_on_from(place, train):
     code, _, err = train("pulled", "contrastive", "labelled", "labelled")
     assert code == 0, err
@@ -178,6 +181,7 @@ def test_sets_that_cannot_be_learned_from(place, train):
     assert (code, "held.jsonl:1: label: 'dog' is none of the 2 classes" in err) == (2, True), err
 
 
+@pytest.mark.slow
 def test_a_text_longer_than_the_table_is_cut(place, train):
     rows = [{**LABELLED[0], "text": "x" * 400}, *LABELLED[1:]]
     (place / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

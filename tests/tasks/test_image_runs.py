@@ -8,7 +8,7 @@ import pytest
 import jaxft
 
 CONFIG = """task: {task}
-model: {{path: base, pooling: mean}}
+model: {{path: base}}
 method: {{name: {method}}}
 data: {{train: {data}, eval: {data}, format: {form}}}
 optimizer: {{learning_rate: 1e-3}}
@@ -71,6 +71,7 @@ def test_classes(place, train, run):
     assert jaxft.load(place / "classes-merged")[0].config.labels == ("plain", "top")
 
 
+@pytest.mark.slow
 def test_two_views(place, train):
     code, _, err = train("views", "contrastive", "pictures.npz", method="full")
     assert code == 0, err
@@ -81,6 +82,7 @@ def test_two_views(place, train):
     assert set(after(place / "bare")) == {"eval_loss", "eval_in_batch_accuracy", "eval_temperature"}
 
 
+@pytest.mark.slow
 def test_views_of_a_class(place, train):
     section = "contrastive: {loss: supervised_contrastive}"
     code, _, err = train("same", "contrastive", "pictures.npz", section=section)
