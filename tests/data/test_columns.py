@@ -5,6 +5,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from texts import make_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import jaxft
 from jaxft.data import Dataset, GroupedBatches, Reading, TrainBatches, load_columns
@@ -71,6 +73,29 @@ def test_known_texts_are_shared_by_sources(tmp_path):
     file.write_text("anchor,positive\nab,c\n")
     first, second = (load_columns(file, TOY, reading).examples[0] for _ in range(2))
     assert first.same == second.same
+
+
+def test_texts_that_are_the_same_tokens_are_the_same(tmp_path):
+    """Cut to its first letters one text is the other, in their vectors too."""
+    first, second = load(
+        tmp_path, [{"anchor": "abc", "positive": "x"}, {"anchor": "abd", "positive": "abe"}], "pairs", 2
+    )
+    assert first.same["anchor"] == second.same["anchor"] == second.same["positive"] != first.same["positive"]
+
+
+@pytest.mark.parametrize(("max_length", "pair"), [(1, None), (2, "end")])
+def test_a_length_without_room_for_special_tokens(tmp_path, max_length, pair):
+    """The tokenizer of such a BERT cuts nothing off then."""
+    file, tokenizer = tmp_path / "rows.jsonl", make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    file.write_text(json.dumps({"text": "the cat", "text_pair": pair, "label": 0}))
+    with pytest.raises(DataError, match=f"rows.jsonl:1: max_length {max_length}: special tokens alone"):
+        load_columns(file, tokenizer, Reading("labelled", max_length, labels=("a", "b")))
+    if pair is None:
+        with pytest.raises(DataError, match=f"max_length {max_length}: special tokens alone"):
+            jaxft.embed(jaxft.testing.tiny_llama(), tokenizer, ["the cat"], max_length=max_length)
 
 
 BAD = [
