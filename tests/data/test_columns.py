@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 import jaxft
 from jaxft.data import Dataset, GroupedBatches, Reading, TrainBatches, load_columns
 from jaxft.data.columns import collate_texts, pad
-from jaxft.data.labels import class_id, classes_of
+from jaxft.data.labels import as_label, class_id, classes_of
 from jaxft.errors import DataError
 
 TOY = jaxft.testing.ToyTokenizer()
@@ -77,9 +77,8 @@ def test_known_texts_are_shared_by_sources(tmp_path):
 
 def test_texts_that_are_the_same_tokens_are_the_same(tmp_path):
     """Cut to its first letters one text is the other, in their vectors too."""
-    first, second = load(
-        tmp_path, [{"anchor": "abc", "positive": "x"}, {"anchor": "abd", "positive": "abe"}], "pairs", 2
-    )
+    rows = [{"anchor": "abc", "positive": "x"}, {"anchor": "abd", "positive": "abe"}]
+    first, second = load(tmp_path, rows, "pairs", max_length=2).examples
     assert first.same["anchor"] == second.same["anchor"] == second.same["positive"] != first.same["positive"]
 
 
@@ -105,7 +104,11 @@ BAD = [
     ("labelled", {"text": "a", "label": "z"}, "label: 'z' is none of the 2 classes"),
     ("labelled", {"text": "a", "label": 2}, "label: 2 is none of the 2 classes"),
     ("labelled", {"text": "a", "label": None}, "label: a class number or name is expected, this is NoneType"),
-    ("labelled", {"text": "a", "label": 1.5}, "label: a class number or name is expected, this is float: 1.5"),
+    (
+        "labelled",
+        {"text": "a", "label": 1.5},
+        "label: a class number or name is expected, this is float: 1.5; to predict numbers",
+    ),
     ("labelled", {"text": "a"}, "label: the row has no such column; it has 'text'"),
     (
         "scored_pairs",
@@ -145,6 +148,11 @@ def test_classes():
     assert class_id(1, ("b", "a")) == 1
     with pytest.raises(DataError, match="nearest: 'shoes'"):
         class_id("shoe", ("hats", "shoes"))
+    with pytest.raises(DataError, match="label: 2 is none of the 3 classes"):
+        class_id(2, ("1", "a", "b"))  # as an index it would be b
+    with pytest.raises(DataError, match="label: 2000000000 is far too great for a class among 2 labels"):
+        classes_of([0, 2_000_000_000])
+    assert (as_label("--5"), as_label("5-"), as_label("7")) == ("--5", "5-", 7)
 
 
 def test_a_text_is_never_padded_past_the_table():
