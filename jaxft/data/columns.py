@@ -64,27 +64,28 @@ class Reading:
         max_length: Tokens of a text at most, special ones included; what is more is cut off.
         labels: Names of the classes; None: labels are numbers (regression).
         score_range: Lowest and highest score; in the batch it runs from 0 to 1.
-        known: Numbers of texts, shared by all sources whose rows may meet in a batch.
+        known: Numbers of texts by their tokens, shared by all sources whose rows may meet in a batch: texts that
+            are the same once they are cut or in lower case share one.
     """
 
     format: str
     max_length: int
     labels: Sequence[str] | None = None
     score_range: tuple[float, float] = (0.0, 1.0)
-    known: dict[str, int] = dataclasses.field(default_factory=dict)
+    known: dict[bytes, int] = dataclasses.field(default_factory=dict)
 
     def read(self, tokenizer: Any, fields: Mapping[str, Any]) -> Texts:
         """Return the row of some fields.
 
         Raises:
-            DataError: A text that is missing or empty, an unknown label, a score outside its range.
+            DataError: A text that is missing, empty, or without room; an unknown label, a score outside its range.
         """
         texts = dict(self._texts(fields))
         second = texts.pop("text_pair", None)
         made = {name: tokens_of(tokenizer, text, second, self.max_length) for name, text in texts.items()}
         return Texts(
             {name: tokens for name, (tokens, _) in made.items()},
-            {name: self.known.setdefault(text, len(self.known)) for name, text in texts.items()},
+            {name: self.known.setdefault(t["input_ids"].tobytes(), len(self.known)) for name, (t, _) in made.items()},
             self._value(fields),
             next(iter(texts.values())) + ("" if second is None else f" | {second}"),
             any(cut for _, cut in made.values()),
@@ -115,14 +116,25 @@ class Reading:
 
 
 def tokens_of(tokenizer: Any, text: str, second: str | None, max_length: int) -> tuple[Tokens, bool]:
-    """Return the tokens of a text, or of two as the tokenizer joins them, and whether they had to be cut."""
+    """Return the tokens of a text, or of two as the tokenizer joins them, and whether they had to be cut.
+
+    Raises:
+        DataError: `max_length` leaves no room for special tokens.
+    """
     given = (text,) if second is None else (text, second)
     found = tokenizer(*given)
     cut = len(found["input_ids"]) > max_length
     if cut:
         found = tokenizer(*given, truncation=True, max_length=max_length)
+        check_cut(len(found["input_ids"]), max_length)
     names = ["input_ids", *(["token_type_ids"] if second is not None and "token_type_ids" in found else [])]
     return {name: np.array(found[name], np.int32) for name in names}, cut
+
+
+def check_cut(length: int, max_length: int) -> None:
+    """Refuse a text that its tokenizer has left as it was, since not even its special tokens have room."""
+    if length > max_length:
+        raise DataError(f"max_length {max_length}: special tokens alone take as much or more; allow some more tokens")
 
 
 def load_columns(

@@ -35,7 +35,7 @@ class OfTexts(Task):
             train: Whether the training rows are wanted too.
             labels: Names of the classes; None: labels are numbers, or there are none.
         """
-        config, tokenizer, length, known = self.config, tokenizer_of(self.config), self.length(), dict[str, int]()
+        config, tokenizer, length, known = self.config, tokenizer_of(self.config), self.length(), dict[bytes, int]()
 
         def read(source: Source) -> Dataset:
             return load_columns(

@@ -5,11 +5,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from texts import make_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import jaxft
 from jaxft.data import Dataset, GroupedBatches, Reading, TrainBatches, load_columns
 from jaxft.data.columns import collate_texts, pad
-from jaxft.data.labels import class_id, classes_of
+from jaxft.data.labels import as_label, class_id, classes_of
 from jaxft.errors import DataError
 
 TOY = jaxft.testing.ToyTokenizer()
@@ -73,6 +75,28 @@ def test_known_texts_are_shared_by_sources(tmp_path):
     assert first.same == second.same
 
 
+def test_texts_that_are_the_same_tokens_are_the_same(tmp_path):
+    """Cut to its first letters one text is the other, in their vectors too."""
+    rows = [{"anchor": "abc", "positive": "x"}, {"anchor": "abd", "positive": "abe"}]
+    first, second = load(tmp_path, rows, "pairs", max_length=2).examples
+    assert first.same["anchor"] == second.same["anchor"] == second.same["positive"] != first.same["positive"]
+
+
+@pytest.mark.parametrize(("max_length", "pair"), [(1, None), (2, "end")])
+def test_a_length_without_room_for_special_tokens(tmp_path, max_length, pair):
+    """The tokenizer of such a BERT cuts nothing off then."""
+    file, tokenizer = tmp_path / "rows.jsonl", make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    file.write_text(json.dumps({"text": "the cat", "text_pair": pair, "label": 0}))
+    with pytest.raises(DataError, match=f"rows.jsonl:1: max_length {max_length}: special tokens alone"):
+        load_columns(file, tokenizer, Reading("labelled", max_length, labels=("a", "b")))
+    if pair is None:
+        with pytest.raises(DataError, match=f"max_length {max_length}: special tokens alone"):
+            jaxft.embed(jaxft.testing.tiny_llama(), tokenizer, ["the cat"], max_length=max_length)
+
+
 BAD = [
     ("pairs", {"anchor": "a"}, "positive: text is expected, the row has no such column; it has 'anchor'"),
     ("pairs", {"anchor": "  ", "positive": "b"}, "anchor: it is empty"),
@@ -80,7 +104,11 @@ BAD = [
     ("labelled", {"text": "a", "label": "z"}, "label: 'z' is none of the 2 classes"),
     ("labelled", {"text": "a", "label": 2}, "label: 2 is none of the 2 classes"),
     ("labelled", {"text": "a", "label": None}, "label: a class number or name is expected, this is NoneType"),
-    ("labelled", {"text": "a", "label": 1.5}, "label: a class number or name is expected, this is float: 1.5"),
+    (
+        "labelled",
+        {"text": "a", "label": 1.5},
+        "label: a class number or name is expected, this is float: 1.5; to predict numbers",
+    ),
     ("labelled", {"text": "a"}, "label: the row has no such column; it has 'text'"),
     (
         "scored_pairs",
@@ -120,6 +148,11 @@ def test_classes():
     assert class_id(1, ("b", "a")) == 1
     with pytest.raises(DataError, match="nearest: 'shoes'"):
         class_id("shoe", ("hats", "shoes"))
+    with pytest.raises(DataError, match="label: 2 is none of the 3 classes"):
+        class_id(2, ("1", "a", "b"))  # as an index it would be b
+    with pytest.raises(DataError, match="label: 2000000000 is far too great for a class among 2 labels"):
+        classes_of([0, 2_000_000_000])
+    assert (as_label("--5"), as_label("5-"), as_label("7")) == ("--5", "5-", 7)
 
 
 def test_a_text_is_never_padded_past_the_table():

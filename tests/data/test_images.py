@@ -113,12 +113,20 @@ def test_keys_and_splits_of_npz_files(tmp_path):
         ({"x": np.zeros((2, 3))}, r"x has the shape \(2, 3\)"),
         ({"x": PICTURES, "images": PICTURES}, "several arrays could be meant: images, x"),
         ({"x": PICTURES, "y": [1]}, r"y has the shape \(1,\) for 4 images"),
+        ({"x": PICTURES, "classes": "a"}, r"its names of classes have the shape \(\)"),
         ({"x": PICTURES / 255}, "x row 1: its numbers are float64: give grey levels"),
         ({"x": PICTURES.transpose(0, 3, 1, 2)}, r"x row 1: its shape is \(3, 6, 6\): .* channels last"),
     ):
         np.savez(file, **odd)
         with pytest.raises(jaxft.DataError, match=match):
             load_images(file, SIX)
+
+
+def test_one_array_under_the_name_of_an_npz_file(tmp_path):
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.save(file, PICTURES)
+    with pytest.raises(jaxft.DataError, match="a.npz: one array, as of np.save; write it with np.savez"):
+        load_images(tmp_path / "a.npz", SIX)
 
 
 def test_classes_of_the_training_set_rule(tmp_path):
