@@ -124,7 +124,7 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
             return save_sentence_transformer(model, output, tokenizer, prompts=prompts_of(run))
         if form == "serving":
             return save_serving(model, output, name=name)
-        if form == form_of(method, model):
+        if form == form_of(method, model, name):
             return save_adapter(model, output, name=name)
     what = " over ".join(type(m).__name__ for m in reversed(carried.values())) or "what it trained"
     raise RunError(

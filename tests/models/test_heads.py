@@ -245,3 +245,19 @@ def test_the_names_of_an_adapters_classes(folders, tmp_path):
             jaxft.load_adapter(swapped, folder)
         assert jaxft.load_adapter(model, folder)(**PADDED).shape == (2, 2)
         assert jaxft.load_adapter(nameless, folder)(**PADDED).shape == (2, 2)
+
+
+def test_how_an_adapters_head_is_pooled(folders, tmp_path):
+    """Its folder says it; peft would read another vector, so that such a folder is ours alone."""
+    plain, _ = jaxft.load(folders["bert"], labels=LABELS)
+    model = with_pooling(plain, "mean")
+    folder = jaxft.save_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), tmp_path / "mean")
+    assert json.loads((folder / "labels.json").read_text())["head_pooling"] == "mean"
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "JAXFT"
+    assert jnp.array_equal(jaxft.load_adapter(model, folder)(**PADDED), model(**PADDED))
+    with pytest.raises(jaxft.CheckpointError, match=r"pooled by 'mean'.*jaxft\.loading\.with_pooling\(model, 'mean'\)"):
+        jaxft.load_adapter(plain, folder)
+    folder = jaxft.save_adapter(jaxft.attach(plain, jaxft.LoRA(r=2)), tmp_path / "own")
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    with pytest.raises(jaxft.CheckpointError, match=r"what BertForSequenceClassification itself reads, .*head_pooling=None\)"):
+        jaxft.load_adapter(model, folder)
