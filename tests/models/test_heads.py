@@ -245,3 +245,40 @@ def test_the_names_of_an_adapters_classes(folders, tmp_path):
             jaxft.load_adapter(swapped, folder)
         assert jaxft.load_adapter(model, folder)(**PADDED).shape == (2, 2)
         assert jaxft.load_adapter(nameless, folder)(**PADDED).shape == (2, 2)
+
+
+def test_how_an_adapters_head_is_pooled(folders, tmp_path):
+    """Its folder says it; peft would read another vector, so that such a folder is ours alone."""
+    plain, _ = jaxft.load(folders["bert"], labels=LABELS)
+    model = with_pooling(plain, "mean")
+    folder = jaxft.save_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), tmp_path / "mean")
+    assert json.loads((folder / "labels.json").read_text())["head_pooling"] == "mean"
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "JAXFT"
+    assert jnp.array_equal(jaxft.load_adapter(model, folder)(**PADDED), model(**PADDED))
+    with pytest.raises(jaxft.CheckpointError, match=r"pooled by 'mean'.*jaxft\.loading\.with_pooling\(model, 'mean'\)"):
+        jaxft.load_adapter(plain, folder)
+    folder = jaxft.save_adapter(jaxft.attach(plain, jaxft.LoRA(r=2)), tmp_path / "own")
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    with pytest.raises(jaxft.CheckpointError, match=r"what BertForSequenceClassification itself reads, .*head_pooling=None\)"):
+        jaxft.load_adapter(model, folder)
+
+
+def test_a_folder_that_transformers_would_misread(folders, tmp_path):
+    """A head over another vector than the family's is of a model_type of ours, which is loud there."""
+    plain, _ = jaxft.load(folders["bert"], labels=LABELS)
+    folder = jaxft.save_model(with_pooling(plain, "mean"), tmp_path / "mean")
+    raw = json.loads((folder / "config.json").read_text())
+    assert (raw["model_type"], raw["architectures"]) == ("jaxft_bert", ["JaxftBertForSequenceClassification"])
+    again, _ = jaxft.load(folder)
+    assert again.config.head_pooling == "mean" and again.config.labels == LABELS
+    again.config = again.config.replace(head_pooling=None)
+    raw = json.loads((jaxft.save_model(again, tmp_path / "own") / "config.json").read_text())
+    assert raw["model_type"] == "bert" and "jaxft_head_pooling" not in raw
+    # BERT has a pooler before its head, which a pooled vector passes over; the others read the vector itself.
+    assert with_pooling(plain, "cls").head_pooling == "cls"
+    llama, _ = jaxft.load(folders["llama"], labels=LABELS)
+    same = with_pooling(llama, "last")
+    assert same.head_pooling is None and jnp.array_equal(same(**PADDED), llama(**PADDED))
+    raw = json.loads((jaxft.save_model(same, tmp_path / "last") / "config.json").read_text())
+    assert raw["model_type"] == "llama" and "jaxft_head_pooling" not in raw
+    assert with_pooling(jaxft.testing.tiny_bert(), "mean").head_pooling is None  # there is no head
