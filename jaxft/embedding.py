@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .data.batches import NARROWEST_TEXT
-from .data.columns import check_cut, pad
+from .data.columns import check_cut, pad, text_width
 from .data.formats import text_of
 from .data.images import ImageDataset
 from .errors import DataError, refuse
@@ -74,15 +73,13 @@ def embed_rows(model: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = 
 def shape_of(length: int, batch_size: int, left: int) -> tuple[int, int]:
     """Return width and rows of a batch whose longest text has `length` tokens.
 
-    Four widths from a power of two to the next (a step has two, since each is compiled, and longer). As many tokens as
-    `batch_size` rows of 64: with more, a CPU waits for the memory of attention; but not over twice `batch_size` rows,
-    since those of like length are few, and never twice as many as are left.
+    As many tokens as `batch_size` rows of 64: with more, a CPU waits for the memory of attention; but not over twice
+    `batch_size` rows, since those of like length are few, and never twice as many as are left.
 
     >>> shape_of(14, 32, 1000), shape_of(14, 32, 5), shape_of(250, 32, 1000)
     ((16, 64), (16, 8), (256, 8))
     """
-    step = max(4, (1 << (length - 1).bit_length()) // 8)
-    width = max(NARROWEST_TEXT, -(-length // step) * step)
+    width = text_width(length)
     rows = min(max(1, batch_size * 64 // width), 2 * batch_size)
     return width, min(rows, 1 << (left - 1).bit_length())
 

@@ -11,17 +11,16 @@ from .tokens import IGNORED, Example
 
 Batch = dict[str, np.ndarray[Any, Any]]
 NARROWEST = 32
-NARROWEST_TEXT = 8  # of what encoders read: texts are short, and there is no loss over every token to hide the padding
 WINDOW = 16  # batches whose rows are sorted by length together
 
 
-def width_of(length: int, narrowest: int = NARROWEST) -> int:
+def width_of(length: int) -> int:
     """Return the width that a row is padded to: 32, 48, 64, 96, 128, 192, ..., so that few programs are compiled.
 
     >>> [width_of(n) for n in (1, 33, 64, 65, 200)]
     [32, 48, 64, 96, 256]
     """
-    width = narrowest
+    width = NARROWEST
     while width < length:  # powers of two, and half-way between them
         width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
     return width

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from ..config import Source
 from ..data import Dataset
-from ..data.batches import NARROWEST_TEXT, width_of
-from ..data.columns import Reading, collate_texts, label_values, load_columns
+from ..data.columns import Reading, collate_texts, label_values, load_columns, text_width
 from ..data.labels import as_label, classes_of
 from ..errors import BatchError, ConfigError, DataError, refuse
 from .start import base_shape, tokenizer_of
@@ -62,7 +61,7 @@ class OfTexts(Task):
 
     def widest(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the widest batch of one column, as shapes."""
-        ids = jax.ShapeDtypeStruct((self.config.train.batch_size, width_of(self.length(), NARROWEST_TEXT)), jnp.int32)
+        ids = jax.ShapeDtypeStruct((self.config.train.batch_size, text_width(self.length())), jnp.int32)
         return {"input_ids": ids, "attention_mask": ids}
 
     def check_fit(self, data: Data, model: Any) -> None:

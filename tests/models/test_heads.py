@@ -259,7 +259,9 @@ def test_how_an_adapters_head_is_pooled(folders, tmp_path):
         jaxft.load_adapter(plain, folder)
     folder = jaxft.save_adapter(jaxft.attach(plain, jaxft.LoRA(r=2)), tmp_path / "own")
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    with pytest.raises(jaxft.CheckpointError, match=r"what BertForSequenceClassification itself reads, .*head_pooling=None\)"):
+    with pytest.raises(
+        jaxft.CheckpointError, match=r"what BertForSequenceClassification itself reads, .*head_pooling=None\)"
+    ):
         jaxft.load_adapter(model, folder)
 
 
