@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..config import Source
 from ..data import Dataset
@@ -70,13 +71,19 @@ class OfTexts(Task):
         Raises:
             BatchError: The tokenizer is not this model's, or its virtual tokens leave too few positions.
         """
-        positions, known = model.positions_left(), model.config.vocab_size
+        positions, known, ids = model.positions_left(), model.config.vocab_size, np.zeros(1, int)
         for row in (row for part in (*data.train, *data.held_out) for row in part.examples):
             top = max(int(tokens["input_ids"].max()) for tokens in row.tokens.values())
             if top >= known:
                 raise BatchError(
                     f"{row.place}: it has the token {top}, but the model knows {known}: the tokenizer is not this "
                     "model's"
+                )
+            kinds = max(int(tokens.get("token_type_ids", ids).max()) for tokens in row.tokens.values())
+            if kinds >= getattr(model.config, "type_vocab_size", kinds + 1):
+                raise BatchError(
+                    f"{row.place}: two texts, but the model knows {model.config.type_vocab_size} type of token: join "
+                    "them yourself, into one text"
                 )
             if positions is not None and len(row) > positions:
                 raise BatchError(
