@@ -6,7 +6,8 @@
 FOLDER is a sentence-transformers folder (MiniLM say), PAIRS.csv rows of two sentences and a score without a header
 (STS-B). Both sides run in this process on the same texts, one after the other in every round, float32. Embedding:
 `jaxft.embed` beside `SentenceTransformer.encode`, tokenisation included, at a batch of 32. A step: forward, backward,
-AdamW; the tokens are made before; dropout as the model's config says, on both sides; batches are random draws.
+AdamW; the tokens are made before; dropout as the model's config says, on both sides; the rows of a batch are
+of like length, as `TrainBatches` deals them; the peer pads to the longest, jaxft to a width of its ladder.
 Printed: medians of wall and CPU time, and the ratio of sentences/s (jaxft over the peer, above 1: jaxft is faster) with
 its range over the rounds. On a machine that others use, the CPU time is what can be compared.
 """
@@ -160,6 +161,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2, help="of torch; jax has as many as there are cores")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="of a round")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="pairs of a batch")
     parser.add_argument("--only", default="embed,steps")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -184,9 +186,11 @@ def main():
     if "steps" in options.only:
         for loss in LOSSES:
             for lora in (True, False):
-                for size in (32, 64):
-                    picked = shuffle.permutation(len(rows))[: size * options.steps]
-                    batches = [[rows[i] for i in picked[n :: options.steps]] for n in range(options.steps)]
+                for size in options.sizes:
+                    window = [rows[i] for i in shuffle.permutation(len(rows))[: 16 * size]]
+                    window.sort(key=lambda row: max(len(row[0]), len(row[1])))
+                    starts = shuffle.permutation(len(window) // size)[: options.steps] * size
+                    batches = [window[start : start + size] for start in starts]
                     sides = [side(options.folder, loss, lora, batches) for side in (Ours, Theirs)]
                     label = f"step, {loss}, {'LoRA q, v' if lora else 'full'}, {size} pairs"
                     alternate(*sides, 2 * size * options.steps, options.rounds, label)

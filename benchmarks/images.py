@@ -1,4 +1,4 @@
-"""A ViT from scratch on two views of each picture (SimCLR): images.py FILE.npz STEPS SEED DEPTH DIM BATCH.
+"""A ViT from scratch on two views of each picture (SimCLR): images.py FILE.npz STEPS SEED DEPTH DIM BATCH PATCH CROP.
 
 FILE.npz holds train, validation and test splits. Prints the k-nearest-neighbour accuracy on the test split of raw
 pixels, of the untrained network and of the trained one. No label is seen in training.
@@ -17,11 +17,18 @@ from jaxft.data import Augmentation, ImageProcessor, load_images, two_views
 from jaxft.models.hub import fresh_model
 from jaxft.models.vit import ViTConfig
 
-file, steps, seed, depth, dim, rows = sys.argv[1], *map(int, sys.argv[2:])
+file, crop = sys.argv[1], float(sys.argv[8])  # the least part of a picture that a view keeps
+steps, seed, depth, dim, rows, patch = map(int, sys.argv[2:8])
 TEMPERATURE = 0.2
 processor = ImageProcessor((32, 32))
 train, held_out, test = (load_images(file, processor, split=s) for s in ("train", "validation", "test"))
-shape = {"image_size": 32, "patch_size": 4, "hidden_size": dim, "intermediate_size": 4 * dim, "layer_norm_eps": 1e-6}
+shape = {
+    "image_size": 32,
+    "patch_size": patch,
+    "hidden_size": dim,
+    "intermediate_size": 4 * dim,
+    "layer_norm_eps": 1e-6,
+}
 config = ViTConfig.from_raw(
     {**shape, "num_hidden_layers": depth, "num_attention_heads": dim // 32, "model_type": "vit"}
 )
@@ -76,7 +83,7 @@ schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, max(steps // 10, 1), st
 tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.05))
 state = jaxft.TrainState.create(model, jaxft.Full(), tx, seed=seed)
 step = jaxft.make_train_step(contrast)
-views = jax.jit(lambda key, x: [processor.normalise(view) for view in two_views(key, x, Augmentation(crop=0.3))])
+views = jax.jit(lambda key, x: [processor.normalise(view) for view in two_views(key, x, Augmentation(crop=crop))])
 order = np.concatenate(
     [np.random.default_rng([seed, n]).permutation(len(train)) for n in range(steps * rows // len(train) + 1)]
 )

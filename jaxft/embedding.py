@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .data.batches import NARROWEST_TEXT
-from .data.columns import check_room, pad
+from .data.columns import check_room, pad, text_width
 from .data.formats import text_of
 from .data.images import ImageDataset
 from .errors import DataError, refuse
@@ -31,7 +30,8 @@ def embed(
         model: Any model of ours; it pools as its `config.pooling` says (a sentence-transformers folder brings that).
         tokenizer: Its tokenizer.
         texts: The texts, none of them empty.
-        batch_size: Texts at a time, of those of 32 tokens and more; it changes nothing but speed.
+        batch_size: Texts of 64 tokens at a time; of longer ones fewer, of shorter ones up to twice as many. It changes
+            nothing but speed.
         max_length: Tokens of a text at most, the rest is cut off; None: what the model has positions for, or what its
             sentence-transformers folder says.
         normalize: Whether each vector gets length 1; None: as the folder says, else not.
@@ -73,15 +73,15 @@ def embed_rows(model: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = 
 def shape_of(length: int, batch_size: int, left: int) -> tuple[int, int]:
     """Return width and rows of a batch whose longest text has `length` tokens.
 
-    Four widths from a power of two to the next (a step has two, since each is compiled, and longer). Rows of fewer than
-    32 tokens stand as many together as make as many tokens; and never twice as many as are left.
+    As many tokens as `batch_size` rows of 64: with more, a CPU waits for the memory of attention; but not over twice
+    `batch_size` rows, since those of like length are few, and never twice as many as are left.
 
-    >>> shape_of(14, 32, 1000), shape_of(14, 32, 5), shape_of(130, 32, 1000)
-    ((16, 64), (16, 8), (160, 32))
+    >>> shape_of(14, 32, 1000), shape_of(14, 32, 5), shape_of(250, 32, 1000)
+    ((16, 64), (16, 8), (256, 8))
     """
-    step = max(4, (1 << (length - 1).bit_length()) // 8)
-    width = max(NARROWEST_TEXT, -(-length // step) * step)
-    return width, min(batch_size * max(1, 32 // width), 1 << (left - 1).bit_length())
+    width = text_width(length)
+    rows = min(max(1, batch_size * 64 // width), 2 * batch_size)
+    return width, min(rows, 1 << (left - 1).bit_length())
 
 
 def embed_images(model: Any, images: Array | ImageDataset, batch_size: int = BATCH_SIZE) -> Array:

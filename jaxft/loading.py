@@ -12,7 +12,7 @@ from .interop.folder import load_adapter, read_labels
 from .methods.method import adapters, copy_tree, detach
 from .methods.switch import set_adapter
 from .models.base import Model
-from .models.hub import load_model, resolve
+from .models.hub import load_model, read_config, resolve
 from .models.sentence_folder import read_sentence_folder
 from .models.tensors import read_json
 from .run import RunFolder
@@ -104,12 +104,19 @@ def load_run(
         raise RunError(f"{run.path}: an adapter is read with its weights; give the base model for shapes alone")
     config = run.config()
     options: dict[str, Any] = {"dtype": dtype or config.model.dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
-    labels = read_labels(run.adapter) if labels is None else labels
+    labels = labels_of(run) or None if labels is None else labels
     model, tokenizer = load(config.model.source, **options, labels=labels)
     if config.method is None and adapters(model):  # it went on with the adapter that it found, which this one replaces
         model = detach(model, next(reversed(adapters(model))))
     model = load_adapter(as_pooled(model, run), run.adapter, name=free_name(model))
     return (set_adapter(model, dict.fromkeys(adapters(model), 1.0)) if adapters(model) else model), tokenizer
+
+
+def labels_of(run: RunFolder) -> tuple[str, ...]:
+    """Return the classes of the head that a run has trained; () where it has none."""
+    if run.model.is_dir():
+        return tuple(read_config(run.model).labels)
+    return tuple(read_labels(run.adapter) or ())
 
 
 def as_pooled(model: Any, run: RunFolder) -> Any:

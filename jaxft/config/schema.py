@@ -21,6 +21,7 @@ FORMATS: dict[str, tuple[str, ...]] = {  # what each task reads
 }
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -100,7 +101,7 @@ class Data(Section):
     format: Format | None = None
     max_length: Annotated[int, Field(ge=2)] = 1024
     packing: bool = False
-    score_range: Annotated[tuple[float, float], Field(strict=False)] = (0.0, 1.0)
+    score_range: Annotated[tuple[Finite, Finite], Field(strict=False)] = (0.0, 1.0)
     template: TemplateText | None = None
     skip_bad_rows: bool = False
 
@@ -213,16 +214,17 @@ class Augmentation(Section):
 class Contrastive(Section):
     """What pulls positives together and pushes negatives apart; `loss` None: the one that goes with the format.
 
-    `chunk`: rows that are in memory at once, of a batch that would not fit (gradient caching).
+    What is left out has the default of the loss. `chunk`: rows that are in memory at once, of a batch that would not
+    fit (gradient caching).
     """
 
     loss: ContrastiveKind | None = None
-    temperature: Positive = 0.05
+    temperature: Positive | None = None
     learn_temperature: bool = False
-    symmetric: bool = False
+    symmetric: bool | None = None
     margin: Positive | None = None
     chunk: Count | None = None
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation | None = None
 
 
 class Contestant(Section):

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, MethodError, refuse
 from ..methods import Adapter
 from ..methods.adapter import SITES
 from ..models.names import parameters
-from ..models.tensors import Tensors
+from ..models.tensors import Tensors, read_json
 from .entries import PREFIX, Entry
 
 WEIGHTS, HEAD, HEAD_CONFIG = "adapter.safetensors", "model_head.safetensors", "head_config.json"
@@ -199,6 +199,12 @@ def head_config(model: Any) -> dict[str, Any]:
         "num_labels": len(labels),
         "version": "adapters.1.3.0",
     }
+
+
+def read_labels(folder: Path) -> tuple[str, ...]:
+    """Return the names of the classes of the head beside an adapter, () where none are said."""
+    named = read_json(folder / HEAD_CONFIG).get("label2id") if (folder / HEAD_CONFIG).is_file() else None
+    return tuple(sorted(named, key=named.__getitem__)) if isinstance(named, dict) else ()
 
 
 def heads_of(folder: Path, model: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import MethodError, refuse
 from ..methods.method import adapters
 from ..models.base import Model
-from ..models.config import HEAD_POOLING
+from ..models.config import HEAD_POOLING, OUR_TYPE
 from ..models.hub import abstract_model
 from ..models.names import LEAF_NAMES, Named, parameters, renamed
 from ..models.tensors import replacing, write_tensors
@@ -22,6 +22,9 @@ SHARD_BYTES = 5_000_000_000
 
 def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write config, weights and tokenizer; the weights in the model's dtype, in one file or, above a size, in shards.
+
+    A classifier whose head reads another vector than its family's (`config.head_pooling`) is of a `model_type` of ours,
+    `jaxft_bert` say, which `jaxft.load` reads and transformers refuses.
 
     Args:
         model: A model without adapters (`jaxft.merge` folds them in), `state.model` after `Full` say.
@@ -119,15 +122,16 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 def _config(model: Model) -> dict[str, Any]:
     raw = json.loads(model.config.raw)
-    for old in ("torch_dtype", "dtype", "_name_or_path"):
+    for old in ("torch_dtype", "dtype", "_name_or_path", HEAD_POOLING):
         raw.pop(old, None)
+    ours = model.head_pooling is not None  # transformers has no such heads, and refuses a model_type that it has not
     return {
         **raw,
-        "architectures": [type(model).__name__],
-        "model_type": model.model_type,
+        "architectures": [f"Jaxft{type(model).__name__}" if ours else type(model).__name__],
+        "model_type": f"{OUR_TYPE if ours else ''}{model.model_type}",
         "dtype": np.dtype(model.dtype).name,
         **class_keys(model.config.labels),
-        **({HEAD_POOLING: model.config.head_pooling} if model.config.head_pooling else {}),
+        **({HEAD_POOLING: model.head_pooling} if ours else {}),
         **model.config_keys(),
     }
 

@@ -15,6 +15,7 @@ from ..methods.heads import copied_heads, copy_heads, drop_heads, trained
 from ..methods.method import adapters, attach, copy_tree, parts_of, register
 from ..methods.partition import attached
 from ..methods.switch import all_off, set_adapter
+from ..models.hub import same_classes
 from ..models.layers import Embed
 from ..models.names import named_modules
 from ..models.placement import place
@@ -24,7 +25,7 @@ from .entries import PREFIX, Entry, entries, fill_entries
 from .peft import FORMATS, common, config_of, heads_of, key_of, method_of, without_heads
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LABELS = "labels.json"  # beside the copy of a head: the names of its classes, which peft does not look at
+LABELS = "labels.json"  # beside the copy of a head: names of its classes and what it reads, which peft does not look at
 CONVERT = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
 
 
@@ -37,7 +38,8 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     Llama, Mistral, BERT, RoBERTa) and the option: read it there with
     `model.load_adapter(folder, use_safetensors=True)`. For what neither knows (BitFit, compositions) it looks as
     peft's, names the method, and only `load_adapter` reads it. The copy of a new head stands where each of these puts
-    it, the names of its classes in `labels.json`. On an error the folder's old files stay.
+    it; the names of its classes, and how what it reads is pooled, in `labels.json`. On an error the folder's old
+    files stay.
 
     Args:
         model_or_state: A `TrainState`, or a model that carries the adapter.
@@ -59,7 +61,7 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     model, name, method = chosen(model_or_state, name)
     if any(isinstance(part, Full) for part in parts_of(method)):
         raise MethodError("Full trains the whole model, so there is no adapter: write it with jaxft.save_model")
-    weights, form, heads = WEIGHTS, form_of(method, model), copied_heads(model, name)
+    weights, form, heads = WEIGHTS, form_of(method, model, name), copied_heads(model, name)
     if isinstance(method, Adapter) and form == "adapters":
         weights, config = library.WEIGHTS, library.config_of(method, model, name)
     elif form == "peft":
@@ -73,7 +75,7 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     tensors = library.files(places, name) if theirs else {weights: renamed(places, config)}
     texts = {CONFIG: config}
     if heads:
-        texts[LABELS] = {"labels": model.config.labels}
+        texts[LABELS] = {"labels": model.config.labels, "head_pooling": model.head_pooling}
     if library.HEAD in tensors:
         texts[library.HEAD_CONFIG] = library.head_config(model)
     with replacing(Path(folder)) as scratch:
@@ -86,8 +88,13 @@ def save_adapter(model_or_state: Any, folder: str | Path, *, name: str | None = 
     return Path(folder)
 
 
-def form_of(method: Method, model: Any) -> str:
-    """Return whose folder an adapter is written as: `"peft"`, `"adapters"`, or `"jaxft"` where neither can say it."""
+def form_of(method: Method, model: Any, name: str) -> str:
+    """Return whose folder an adapter is written as: `"peft"`, `"adapters"`, or `"jaxft"` where neither can say it.
+
+    Neither can say that a head reads another vector than its family's.
+    """
+    if copied_heads(model, name) and model.head_pooling is not None:
+        return "jaxft"
     if isinstance(method, Adapter) and library.expresses(method, model):
         return "adapters"
     form = FORMATS.get(type(method))
@@ -167,6 +174,8 @@ def load_adapter(model: Any, folder: str | Path, *, name: str = "default") -> An
         raise CheckpointError(f"{where}: {error}") from None
     heads = library.heads_of(folder, model) if theirs else heads_of(config, model)
     if heads:
+        check_classes(folder, model)
+        check_pooling(folder, model)
         copy_heads(fresh, method, name, heads)
     else:
         drop_heads(fresh, name)  # it was trained on a model without one
@@ -201,6 +210,31 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
     if not (folder / LABELS).is_file():
         return None
     return tuple(map(str, read_json(folder / LABELS).get("labels") or ())) or None
+
+
+def check_classes(folder: Path, model: Any) -> None:
+    """Refuse a head for other classes than the model's, or for them in another order, as far as both have names."""
+    named, labels = read_labels(folder) or library.read_labels(folder), model.config.labels
+    if named and not same_classes(named, labels) and not same_classes(labels, named):
+        raise CheckpointError(
+            f"{folder}: its head is for the classes {list(named)}, this model's for {list(labels)}: load the base with "
+            f"jaxft.load(..., labels={named!r})"
+        )
+
+
+def check_pooling(folder: Path, model: Any) -> None:
+    """Refuse a head that reads another vector than this model's does."""
+    said = read_json(folder / LABELS).get("head_pooling") if (folder / LABELS).is_file() else None
+    if said == model.head_pooling:
+        return
+    own = f"what {type(model).__name__} itself reads"
+    theirs, ours = (own if mode is None else f"a vector pooled by {mode!r}" for mode in (said, model.head_pooling))
+    give = (
+        "give jaxft.loading.with_config(model, head_pooling=None)"
+        if said is None
+        else f"give jaxft.loading.with_pooling(model, {said!r}); in a run's config it is model.pooling"
+    )
+    raise CheckpointError(f"{folder}: its head reads {theirs}, this model's {ours}: {give}")
 
 
 def _bare(places: dict[str, Entry], tensors: Tensors, prefix: str) -> dict[str, Entry]:

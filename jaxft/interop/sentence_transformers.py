@@ -64,6 +64,10 @@ def save_sentence_transformer(
         stale = [f.name for f in folder.iterdir() if f.name == "config.json" or OURS.fullmatch(f.name)]
     else:
         save_model(model, folder, tokenizer)
+        if model.head_pooling is not None:  # they read the backbone alone, which is their own family's
+            config = read_json(folder / "config.json")
+            own = {"model_type": model.model_type, "architectures": [type(model).__name__]}
+            _write(folder, {"config.json": {**config, **own}})
         stale = [CONFIG, WEIGHTS]
     for name in stale:
         (folder / name).unlink(missing_ok=True)  # of an earlier model, which would be taken for this one's

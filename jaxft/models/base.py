@@ -33,6 +33,7 @@ class Model(nnx.Module):
         default_ia3: What IA3 scales by default, and which of these at their input.
         task_type: peft's name for what the model does; None where it has none.
         reads: Of a classifier, how what its head reads is pooled.
+        passes_pooler: Whether that goes through a pooler, which a vector pooled by `config.head_pooling` does not.
     """
 
     model_type: ClassVar[str]
@@ -48,6 +49,7 @@ class Model(nnx.Module):
     written: ClassVar[tuple[tuple[str, str], ...]] = ()
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "position_ids", "segment_ids")
     reads: ClassVar[str]
+    passes_pooler: ClassVar[bool] = False
     task_type: ClassVar[str | None]
 
     def __init__(self, config: ModelConfig):
@@ -66,6 +68,12 @@ class Model(nnx.Module):
     def backbone(self) -> Any:
         """The model without its head."""
         return getattr(self, self.prefix) if self.prefix else self
+
+    @property
+    def head_pooling(self) -> str | None:
+        """How what the head reads is pooled where it is not what the family's own reads; None also without a head."""
+        mode = self.config.head_pooling if self.config.labels else None
+        return None if mode is None or (mode == self.reads and not self.passes_pooler) else mode
 
     def context(self, rows: int, key: jax.Array | None = None, **fields: Any) -> Context:
         """Return the context of one pass: dropout key, adapter weights, mask and positions."""

@@ -255,6 +255,7 @@ class BertForSequenceClassification(TextClassifier):
     config_class: ClassVar[type[ModelConfig]] = BertConfig
     default_targets, default_ia3 = BertModel.default_targets, BertModel.default_ia3
     heads = ("bert.pooler", "classifier")
+    passes_pooler = True
     renames, disposable = BertModel.renames, BertModel.disposable
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):

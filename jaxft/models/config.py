@@ -16,6 +16,7 @@ REMATS = ("none", "full")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 EVERYTHING = 2**30  # the window of a layer that sees all: longer than any row
 HEAD_POOLING = "jaxft_head_pooling"  # in a config.json: transformers has no such heads
+OUR_TYPE = "jaxft_"  # before the model_type there, so that it does not take them for its own
 FLOAT32 = jnp.dtype(jnp.float32)
 
 

@@ -144,9 +144,9 @@ class TextClassifier(TextEncoder):
     def answer(self, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """Return logits `[B, C]`, in the model's dtype."""
         refuse_packed(inputs)
-        if self.config.head_pooling is not None:
+        if self.head_pooling is not None:
             hidden = self.hidden(**inputs, key=key)
-            vectors = pool(hidden, inputs.get("attention_mask"), self.config.head_pooling).astype(self.dtype)
+            vectors = pool(hidden, inputs.get("attention_mask"), self.head_pooling).astype(self.dtype)
             return self.classify_pooled(vectors[:, None], self.context(len(vectors), key))[:, 0]
         states = self.states(**inputs, key=key)
         ctx = self.context(len(states), key)

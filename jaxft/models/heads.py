@@ -46,7 +46,7 @@ class LastTokenClassifier(Decoder):
         """Return logits `[B, C]`, in the model's dtype."""
         refuse_packed(inputs)
         hidden = self.hidden(**inputs, key=key)
-        mode = self.config.head_pooling or self.reads
+        mode = self.head_pooling or self.reads
         last = pool(hidden, inputs.get("attention_mask"), mode).astype(self.dtype)
         return self.score(last[:, None], self.context(len(last), key))[:, 0]
 

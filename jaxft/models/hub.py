@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ..errors import CheckpointError, refuse
 from . import CLASSIFIERS, FAMILIES
 from .base import Model
-from .config import token_ids, unnamed
+from .config import OUR_TYPE, token_ids, unnamed
 from .layers import normal
 from .names import LEAF_NAMES, Named, parameters, renamed
 from .placement import place
@@ -68,7 +68,7 @@ def read_shape(
 ) -> Any:
     """Read a `config.json` by itself; the dtype is the one that it declares, if no other is given."""
     raw = read_json(file)
-    family = FAMILIES.get(str(raw.get("model_type")))
+    family = FAMILIES.get(str(raw.get("model_type")).removeprefix(OUR_TYPE))
     if family is None:
         known = ", ".join(FAMILIES)
         what = "an adapter: load its base model, then jaxft.load_adapter" if "peft_type" in raw else "not supported"

@@ -313,6 +313,6 @@ class ViTForImageClassification(ImageEncoder):
 
     def answer(self, inputs: dict[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """Return logits `[B, C]`, in the model's dtype."""
-        mode = self.config.head_pooling or self.reads
+        mode = self.head_pooling or self.reads
         vectors = pool(self.hidden(**inputs, key=key), None, mode).astype(self.dtype)
         return self.classifier(vectors[:, None], self.context(len(vectors), key))[:, 0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import jax
@@ -12,6 +13,7 @@ from ..config.schema import Classify
 from ..data import GroupedBatches, TrainBatches
 from ..data.batches import ahead, eval_batches
 from ..errors import ConfigError, DataError
+from ..loading import labels_of
 from ..losses import classification_loss, make_contrastive_loss
 from ..probes import accuracy, f1
 from ..run import RunFolder
@@ -19,8 +21,9 @@ from ..similarity import pearson, spearman
 from ..train.evaluate import evaluate_loss
 from ..train.step import ModelLoss
 from .pictures import OfPictures
+from .start import base_of
 from .task import Data, Task, steps_of
-from .texts import OfTexts, check_scores_differ, classes_in
+from .texts import OfTexts, check_positives, check_scores_differ, classes_in
 
 SCORE = ("score",)  # the one output of a regression
 
@@ -41,7 +44,7 @@ class Classification(Task):
         """The section `classify` of the config."""
         return self.config.classify or Classify()
 
-    @property
+    @cached_property
     def loss(self) -> ModelLoss:
         """The loss of a step: first of the vectors, where that is asked for, then of the head."""
         if not self.options.contrastive_steps:
@@ -64,8 +67,16 @@ class Classification(Task):
             return TrainBatches(data.train, steps=steps, **options)
         if first >= steps:
             raise ConfigError(f"classify.contrastive_steps: {first} of {steps} steps: none would be left for the head")
+        if t.batch_size // t.accumulate < 2:
+            raise ConfigError(f"classify.contrastive_steps: micro-batches of one row (train.batch_size {t.batch_size})")
+        check_positives(data)
         grouped = GroupedBatches(data.train, steps=first, **options)
         return InTurn(grouped, TrainBatches(data.train, steps=steps - first, **options))
+
+    def values_of(self, kind: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return what a batch holds besides what the model reads, as shapes."""
+        names = {"labels": kind, **({"first": jnp.float32} if self.options.contrastive_steps else {})}
+        return {name: jax.ShapeDtypeStruct((self.config.train.batch_size,), of) for name, of in names.items()}
 
     def evaluate(self, model: Any, data: Data, batch_size: int) -> tuple[dict[str, float], Any]:
         """Return the loss and how well the classes are named, and what each row was taken for."""
@@ -91,6 +102,16 @@ class Classification(Task):
         return {f"accuracy{suffix}": accuracy(guesses, values), f"f1{suffix}": f1(guesses, values)}
 
 
+def check_two(data: Data) -> None:
+    """Refuse rows that are all of one class.
+
+    Raises:
+        DataError: They are.
+    """
+    if len(data.labels) == 1:
+        raise DataError(f"all rows are of the class {data.labels[0]!r}: two classes at least are needed")
+
+
 class TextClassification(OfTexts, Classification):
     """Of texts, or of two texts together; with `problem: regression` a number is to be met."""
 
@@ -106,13 +127,20 @@ class TextClassification(OfTexts, Classification):
         return SCORE if self.regression else super().planned_labels()
 
     def load_data(self, *, train: bool = True) -> Data:
-        """Read the rows. The classes are the config's, or those of the training rows."""
+        """Read the rows. The classes are the config's, or the run's that is evaluated, or the training rows'."""
         if self.regression:
+            if self.options.labels is not None:
+                raise ConfigError("classify.labels: a regression has no classes")
             return dataclasses.replace(self.read_texts(train=train, labels=None), labels=SCORE)
-        names = self.options.labels or classes_in(self.config.data.train)
-        if len(names) < 2:
-            raise DataError(f"all rows are of the class {names[0]!r}: two classes at least are needed")
-        return self.read_texts(train=train, labels=names)
+        data = self.read_texts(train=train, labels=self.names(train))
+        check_two(data)
+        return data
+
+    def names(self, train: bool) -> tuple[str, ...]:
+        """Return the classes; where no row has a label that can be one, none, so that each row is refused."""
+        run = base_of(self.config)
+        made = () if train or run is None else labels_of(run)
+        return made or self.options.labels or classes_in(self.config.data.train)
 
     def check_evaluation(self, data: Data) -> None:
         """Refuse held-out numbers that nothing can be correlated with."""
@@ -149,8 +177,7 @@ class TextClassification(OfTexts, Classification):
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the widest batch, as shapes."""
-        labels = jax.ShapeDtypeStruct((self.config.train.batch_size,), jnp.float32 if self.regression else jnp.int32)
-        return {**self.widest(), "labels": labels}
+        return {**self.widest(), **self.values_of(jnp.float32 if self.regression else jnp.int32)}
 
 
 class ImageClassification(OfPictures, Classification):
@@ -164,6 +191,7 @@ class ImageClassification(OfPictures, Classification):
         if self.options.problem == "regression":
             raise ConfigError("classify.problem: images are classified; a regression is of texts")
         data = self.read_pictures(classes=self.options.labels)
+        check_two(data)
         bare = [part.name for part in (*data.train, *data.held_out) if part.examples[0].value is None]
         if bare:
             raise DataError(f"{', '.join(bare)}: images without labels; give a folder for each class, or labels")
@@ -171,7 +199,7 @@ class ImageClassification(OfPictures, Classification):
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the batch, as shapes."""
-        return {**self.widest(), "labels": jax.ShapeDtypeStruct((self.config.train.batch_size,), jnp.int32)}
+        return {**self.widest(), **self.values_of(jnp.int32)}
 
 
 def predict(model: Any, rows: Sequence[Any], *, batch_size: int, collate: Any) -> Any:

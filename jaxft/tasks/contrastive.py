@@ -1,7 +1,9 @@
 """Contrastive tuning: positives together, negatives apart, of pairs, triplets, labelled and scored texts."""
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +17,11 @@ from ..data import GroupedBatches, TrainBatches
 from ..data.columns import TEXTS
 from ..embedding import embed_rows
 from ..embedding_picture import draw_embeddings, draw_pairs
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, refuse
 from ..interop.sentence_transformers import save_sentence_transformer
 from ..losses import make_contrastive_loss
+from ..losses.pairs import KINDS
+from ..methods import Method
 from ..methods.temperature import LearnedTemperature
 from ..models.sentence_folder import read_sentence_folder
 from ..probes import knn_accuracy, linear_probe
@@ -28,9 +32,10 @@ from ..train.state import TrainState
 from ..train.step import ModelLoss
 from .start import base_folder, load_state
 from .task import Data, Task, steps_of
-from .texts import OfTexts, check_scores_differ, classes_in
+from .texts import OfTexts, check_known, check_positives, check_scores_differ, classes_in
 
 NEIGHBOURS, REFERENCES, PICTURED, RECALLS = 5, 4096, 2000, (1, 5, 10)
+OPTIONS = ("temperature", "symmetric", "margin")
 BEFORE, AFTER = "embedding-before.npy", "embedding-after.npy"
 
 
@@ -84,11 +89,51 @@ class ContrastiveTask(Task):
             raise ConfigError(f"contrastive.loss: {kind} cannot be computed of {self.form}; {' or '.join(known)} can")
         return kind
 
+    def given(self) -> dict[str, Any]:
+        """Return the options of the loss that the config gives.
+
+        Raises:
+            ConfigError: The loss has no such option, or no temperature to learn.
+        """
+        o, known = self.options, KINDS[self.kind][1]
+        found = {name: value for name in OPTIONS if (value := getattr(o, name)) is not None}
+        wrong = [f"{name}: {self.kind} of {self.form} has no such option" for name in found if name not in known]
+        if o.learn_temperature and "temperature" not in known:
+            wrong.append(f"learn_temperature: {self.kind} has no temperature")
+        if o.augmentation is not None and self.form != "images":
+            wrong.append("augmentation: it makes views of images")
+        refuse(ConfigError, "contrastive", wrong)
+        return found
+
+    def learned(self) -> Method | None:
+        """Return what is trained besides the method: the temperature, where the config says so."""
+        if not self.options.learn_temperature:
+            return None
+        return LearnedTemperature(self.options.temperature or KINDS[self.kind][1]["temperature"])
+
     def load_state(self, steps: int, mesh: Mesh | None, data: Data) -> TrainState:
-        """Return the state that the run begins with, a temperature of its own with it where that is learned."""
+        """Return the state that the run begins with, a temperature of its own with it where that is learned.
+
+        Raises:
+            ConfigError: It is to be learned, and the config goes on with a run's adapter, which has none.
+        """
         del data
-        more = LearnedTemperature(self.options.temperature) if self.options.learn_temperature else None
-        return load_state(self.config, steps, mesh, more=more)
+        if self.config.method is None and self.options.learn_temperature:
+            raise ConfigError("contrastive.learn_temperature: method is left out, so what is trained is the run's")
+        return load_state(self.config, steps, mesh, more=self.learned())
+
+    def check_rows(self) -> None:
+        """Refuse batches in which a row would meet no other.
+
+        Raises:
+            ConfigError: They are of one row.
+        """
+        t = self.config.train
+        if t.batch_size // t.accumulate < 2:
+            raise ConfigError(
+                f"train.batch_size {t.batch_size}, accumulate {t.accumulate}: rows are compared with those of their "
+                "micro-batch, which has one: take two at least (contrastive.chunk saves memory and keeps them together)"
+            )
 
     def keep(self, run: RunFolder, step: int, data: Data, made: Any) -> None:
         """Keep the vectors of the first and the last evaluation, for the picture."""
@@ -130,16 +175,10 @@ class TextContrast(OfTexts, ContrastiveTask):
         prompts = read_sentence_folder(base_folder(self.config)).prompts
         return save_sentence_transformer(model, folder, data.tokenizer, prompts=prompts)
 
-    @property
+    @cached_property
     def loss(self) -> ModelLoss:
         """The loss of a step."""
-        o = self.options
-        more: dict[str, Any] = {"temperature": o.temperature, "chunk": o.chunk}
-        if self.kind == "info_nce":
-            more["symmetric"] = o.symmetric
-        if o.margin is not None and self.kind in ("triplet", "pairwise_contrastive"):
-            more["margin"] = o.margin
-        return make_contrastive_loss(self.kind, **more)
+        return make_contrastive_loss(self.kind, chunk=self.options.chunk, **self.given())
 
     def load_data(self, *, train: bool = True) -> Data:
         """Read the rows; labelled training rows always, since the held-out ones are compared with them."""
@@ -148,21 +187,22 @@ class TextContrast(OfTexts, ContrastiveTask):
         return self.read_texts(train=train or labelled, labels=names)
 
     def check_evaluation(self, data: Data) -> None:
-        """Refuse held-out scores that nothing can be correlated with."""
+        """Refuse held-out rows that nothing could be measured on."""
         if self.form == "scored_pairs":
             check_scores_differ(data)
+        if self.form == "labelled" and data.held_out:
+            check_known(data)
+            check_positives(data, held_out=True)
 
     def make_batches(self, data: Data) -> TrainBatches:
         """Return the batches: random draws, so that any row may be a negative; of classes two and two rows of one."""
         t, steps = self.config.train, steps_of(self.config, data.train)
+        self.check_rows()
         options: dict[str, Any] = {"batch_size": t.batch_size, "seed": t.seed, "steps": steps}
         options["collate"] = self.collate()
         if self.form != "labelled":
             return TrainBatches(data.train, window=1, **options)
-        values = [row.value for part in data.train for row in part.examples]
-        if len(set(values)) in (1, len(values)):
-            what = "all rows are of one class" if len(set(values)) == 1 else "every class has one row"
-            raise DataError(f"data.train: {what}, so there are no positives and negatives")
+        check_positives(data)
         return GroupedBatches(data.train, **options)
 
     def evaluate(self, model: Any, data: Data, batch_size: int) -> tuple[dict[str, float], Any]:
@@ -172,8 +212,9 @@ class TextContrast(OfTexts, ContrastiveTask):
         and negatives. Scored pairs: Pearson and Spearman of cosine and score. Classes: accuracy by the nearest training
         rows, and of a linear probe that is fitted to these.
         """
-        options: dict[str, Any] = {"batch_size": batch_size, "collate": self.collate()}
-        figures = evaluate_loss(model, self.loss, data.held_out, **options)
+        options: dict[str, Any] = {"batch_size": batch_size, "collate": self.collate(), "by_length": False}
+        mixed = [dataclasses.replace(part, examples=mix(part.examples)) for part in data.held_out]
+        figures = evaluate_loss(model, self.loss, mixed, **options)
         rows = [row for part in data.held_out for row in part.examples]
 
         def vectors(rows: list[Any], column: str) -> Any:
@@ -204,6 +245,19 @@ def by_class(known: Any, there: list[int], vectors: Any, labels: list[int]) -> d
     """Return accuracy by the nearest of known vectors, and of a linear probe that is fitted to them."""
     nearest = knn_accuracy(known, there, vectors, labels, k=min(NEIGHBOURS, len(known)))
     return {"knn_accuracy": nearest, "probe_accuracy": linear_probe(known, there, vectors, labels)}
+
+
+def mix(rows: Sequence[Any]) -> list[Any]:
+    """Return rows in a fixed random order, so that the negatives of a batch are any; of classes two and two of one."""
+    draw = np.random.default_rng(0)
+    shuffled = [rows[i] for i in draw.permutation(len(rows))]
+    if not isinstance(rows[0].value, int):
+        return shuffled
+    groups: dict[int, list[Any]] = {}
+    for row in shuffled:
+        groups.setdefault(row.value, []).append(row)
+    pairs = [group[i : i + 2] for group in groups.values() for i in range(0, len(group), 2)]
+    return [row for i in draw.permutation(len(pairs)) for row in pairs[i]]
 
 
 def references(rows: list[Any]) -> list[Any]:

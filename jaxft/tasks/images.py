@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, ClassVar
 
 import jax
@@ -21,17 +22,19 @@ from ..data import (
 )
 from ..data.batches import Batch
 from ..embedding import embed_images
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..losses import make_contrastive_loss
 from ..losses.contrastive import by_class as by_class_of
 from ..losses.entropy import IGNORED
+from ..losses.pairs import KINDS
 from ..methods.temperature import temperature_of
 from ..models.seams import number
 from ..train.evaluate import evaluate_loss
 from ..train.step import ModelLoss
-from .contrastive import REFERENCES, ContrastiveTask, by_class, classes, references
+from .contrastive import ContrastiveTask, by_class, classes, references
 from .pictures import OfPictures, collate_pictures
 from .task import Data, steps_of
+from .texts import check_known, check_positives
 
 VIEWS = number("views")
 
@@ -42,22 +45,31 @@ class ImageContrast(OfPictures, ContrastiveTask):
     formats = ("images",)
     losses: ClassVar[dict[str, tuple[str, ...]]] = {"images": ("nt_xent", "supervised_contrastive")}
 
-    @property
+    @cached_property
     def loss(self) -> ModelLoss:
         """The loss of a step."""
-        o, views = self.options, Augmentation(**self.options.augmentation.model_dump())
-        return make_view_loss(self.kind, self.processor(), views, temperature=o.temperature, chunk=o.chunk)
+        asked = self.options.augmentation
+        views = Augmentation() if asked is None else Augmentation(**asked.model_dump())
+        return make_view_loss(self.kind, self.processor(), views, chunk=self.options.chunk, **self.given())
 
     def load_data(self, *, train: bool = True) -> Data:
         """Read the images, those for training always: the held-out ones are compared with them."""
         del train
         data = self.read_pictures()
-        if self.kind == "supervised_contrastive" and any(d.examples[0].value is None for d in data.train):
-            raise DataError("contrastive.loss: supervised_contrastive needs labels, which these images do not have")
+        bare = [part.name for part in (*data.train, *data.held_out) if part.examples[0].value is None]
+        if bare and len(bare) < len(data.train) + len(data.held_out):
+            raise DataError(f"{', '.join(bare)}: images without labels beside others that have them: give all or none")
+        if self.kind == "supervised_contrastive":
+            if bare:
+                raise DataError("contrastive.loss: supervised_contrastive needs labels, which these images do not have")
+            check_positives(data)
+        if not bare and data.held_out:
+            check_known(data)
         return data
 
     def make_batches(self, data: Data) -> TrainBatches:
         """Return the batches."""
+        self.check_rows()
         t, steps = self.config.train, steps_of(self.config, data.train)
         return TrainBatches(data.train, batch_size=t.batch_size, seed=t.seed, steps=steps, collate=self.collate())
 
@@ -66,26 +78,31 @@ class ImageContrast(OfPictures, ContrastiveTask):
 
         The loss is that of whole batches, so that every image has as many negatives.
         """
-        whole = [
-            dataclasses.replace(d, examples=d.examples[: len(d) // batch_size * batch_size]) for d in data.held_out
-        ]
-        parts = [part if len(part) else d for part, d in zip(whole, data.held_out, strict=True)]
-        size = min(batch_size, *map(len, parts))
-        figures = evaluate_loss(model, self.loss, parts, batch_size=size, collate=self.collate())
+        size = min(batch_size, *map(len, data.held_out))
+        whole = [dataclasses.replace(d, examples=d.examples[: len(d) // size * size]) for d in data.held_out]
+        figures = evaluate_loss(model, self.loss, whole, batch_size=size, collate=self.collate(), by_length=False)
         rows = [row for part in data.held_out for row in part.examples]
 
         def vectors(rows: list[Any]) -> Any:
-            return embed_images(model, collate_pictures(rows)["pixel_values"], batch_size)
+            parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+            return np.concatenate(
+                [embed_images(model, collate_pictures(part)["pixel_values"], batch_size) for part in parts]
+            )
 
         found = vectors(rows)
-        if rows[0].value is None or len(data.labels) < 2:
-            return figures, found
         known = references([row for part in data.train for row in part.examples])
+        if len(set(map(value_of, known))) < 2:
+            return figures, found
         return {**figures, **by_class(vectors(known), classes(known), found, classes(rows))}, found
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return a batch, as shapes."""
         return {**self.widest(), "labels": jax.ShapeDtypeStruct((self.config.train.batch_size,), jnp.int32)}
+
+
+def value_of(row: Any) -> int | None:
+    """Return the class of a row."""
+    return row.value
 
 
 def make_view_loss(kind: str, processor: ImageProcessor, options: Augmentation, **more: Any) -> ModelLoss:
@@ -152,11 +169,12 @@ class RegionContrast(OfPictures, ContrastiveTask):
     formats = ("regions",)
     losses: ClassVar[dict[str, tuple[str, ...]]] = {"regions": ("supervised_contrastive",)}
 
-    @property
+    @cached_property
     def loss(self) -> ModelLoss:
         """The loss of a step."""
-        assert self.kind
-        temperature = self.options.temperature
+        temperature = {**KINDS[self.kind][1], **self.given()}["temperature"]
+        if self.options.chunk is not None:
+            raise ConfigError("contrastive.chunk: the regions of a batch are compared at once; take fewer images")
 
         def loss(model: Any, batch: Any, *, key: jax.Array | None) -> Any:
             vectors = regions(model, batch, key)
@@ -200,7 +218,7 @@ class RegionContrast(OfPictures, ContrastiveTask):
         figures = evaluate_loss(model, self.loss, data.held_out, batch_size=batch_size, collate=collate_boxes)
         rows, known = ([row for part in kind for row in part.examples] for kind in (data.held_out, data.train))
         found, labels = region_vectors(model, rows, batch_size)
-        there, theirs = region_vectors(model, known[:REFERENCES], batch_size)
+        there, theirs = region_vectors(model, known, batch_size)
         return {**figures, **by_class(there, theirs, found, labels)}, found
 
     def values(self, data: Data) -> list[Any]:

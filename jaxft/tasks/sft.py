@@ -1,5 +1,6 @@
 """Supervised fine-tuning: instructions, conversations or plain text, by any method."""
 
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ class SupervisedTuning(Task):
     formats = ("instruction", "prompt_completion", "messages", "text")
     unit, shown = "nats per token", ANSWERS
 
-    @property
+    @cached_property
     def loss(self) -> ModelLoss:
         """The loss of a step."""
         return next_token_loss

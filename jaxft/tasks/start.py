@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from ..config import Config
@@ -18,7 +19,7 @@ from ..models.hub import fresh_model, read_config, read_shape, resolve
 from ..parallel import make_mesh
 from ..parallel.rules import batch_devices
 from ..run import RunFolder
-from ..train.optimizer import make_optimizer, make_schedule
+from ..train.optimizer import in_phases, make_optimizer, make_schedule
 from ..train.state import TrainState
 
 
@@ -178,12 +179,26 @@ def optimizer_of(config: Config, steps: int) -> Any:
     """Return the optimiser of a config."""
     o = config.optimizer
     moments = {"b1": o.b1, "b2": o.b2, "eps": o.eps}
-    return make_optimizer(
-        o.name, schedule_of(config, steps), weight_decay=o.weight_decay, clip_norm=o.clip_norm, **moments
-    )
+    made = [
+        make_optimizer(o.name, schedule, weight_decay=o.weight_decay, clip_norm=o.clip_norm, **moments)
+        for schedule in _schedules(config, steps)
+    ]
+    return made[0] if len(made) == 1 else in_phases(made[0], made[1], first_phase(config))
 
 
 def schedule_of(config: Config, steps: int) -> Any:
     """Return the learning rate of a config by step."""
-    o = config.optimizer
-    return make_schedule(o.schedule, o.learning_rate, steps=steps, warmup_steps=o.warmup_steps)
+    made = _schedules(config, steps)
+    return made[0] if len(made) == 1 else optax.join_schedules(made, [first_phase(config)])
+
+
+def _schedules(config: Config, steps: int) -> list[Any]:
+    """Return the schedule of each phase: warm-up and decay begin anew with the second."""
+    o, first = config.optimizer, first_phase(config)
+    options: dict[str, Any] = {"learning_rate": o.learning_rate, "warmup_steps": o.warmup_steps}
+    return [make_schedule(o.schedule, steps=n, **options) for n in (first, steps - first) if n > 0]
+
+
+def first_phase(config: Config) -> int:
+    """Return the steps of a classification in which the vectors are pulled together, before the head learns."""
+    return 0 if config.classify is None else config.classify.contrastive_steps

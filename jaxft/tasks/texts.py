@@ -9,12 +9,11 @@ import jax.numpy as jnp
 
 from ..config import Source
 from ..data import Dataset
-from ..data.batches import NARROWEST_TEXT, width_of
-from ..data.columns import Reading, collate_texts, label_values, load_columns
+from ..data.columns import Reading, collate_texts, label_values, load_columns, text_width
 from ..data.labels import as_label, classes_of
-from ..errors import BatchError, ConfigError, DataError
+from ..errors import BatchError, ConfigError, DataError, refuse
 from .start import base_shape, tokenizer_of
-from .task import Data, Task
+from .task import Data, Task, spread
 
 
 class OfTexts(Task):
@@ -52,13 +51,17 @@ class OfTexts(Task):
         training, held_out = self.read_all(read, train=train)
         return Data(tokenizer, training, held_out, tuple(labels or ()))
 
+    def some(self, rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
+        """Return so many of the held-out rows, at even distances."""
+        return spread(rows, limit)
+
     def collate(self) -> Any:
         """Return what makes a batch of rows."""
         return partial(collate_texts, limit=self.length())
 
     def widest(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the widest batch of one column, as shapes."""
-        ids = jax.ShapeDtypeStruct((self.config.train.batch_size, width_of(self.length(), NARROWEST_TEXT)), jnp.int32)
+        ids = jax.ShapeDtypeStruct((self.config.train.batch_size, text_width(self.length())), jnp.int32)
         return {"input_ids": ids, "attention_mask": ids}
 
     def check_fit(self, data: Data, model: Any) -> None:
@@ -91,6 +94,32 @@ def check_scores_differ(data: Data) -> None:
     for part in data.held_out:
         if len({row.value for row in part.examples}) < 2:
             raise DataError(f"{part.name}: every row has the same number, so there is no correlation to measure")
+
+
+def check_known(data: Data) -> None:
+    """Refuse held-out rows of a class that no training row has.
+
+    Raises:
+        DataError: They are named.
+    """
+    there = {row.value for part in data.train for row in part.examples}
+    strange = [row for part in data.held_out for row in part.examples if row.value not in there]
+    what = "held-out rows of classes that no training row has"
+    refuse(DataError, what, [f"{row.place}: {data.labels[row.value]!r}" for row in strange])
+
+
+def check_positives(data: Data, *, held_out: bool = False) -> None:
+    """Refuse rows of classes of which none has two rows, or that are all of one class.
+
+    Raises:
+        DataError: There are no positives, or no negatives.
+    """
+    parts, key = (data.held_out, "data.eval") if held_out else (data.train, "data.train")
+    values = [row.value for part in parts for row in part.examples]
+    if len(set(values)) == 1 and not held_out:
+        raise DataError(f"{key}: all rows are of one class, so nothing is pushed apart")
+    if len(set(values)) == len(values):
+        raise DataError(f"{key}: every class has one row, so there are no positives to pull together")
 
 
 def classes_in(sources: Sequence[Source]) -> tuple[str, ...]:

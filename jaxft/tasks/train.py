@@ -49,6 +49,7 @@ class Job:
         self.mesh = choose_mesh(config)
         self.stop = stop or Stop()
         self.task = task_of(config)
+        self.loss = self.task.loss  # what is wrong with it is said before anything is read
         self.data = self.task.load_data()
         self.task.check_evaluation(self.data)
         check_trackers(config.trackers)
@@ -115,7 +116,7 @@ class Job:
 
         state = fit(
             state,
-            make_train_step(self.task.loss, accumulate=train.accumulate),
+            make_train_step(self.loss, accumulate=train.accumulate),
             self.batches.iterate(int(state.step)),
             steps=self.steps,
             log_every=train.log_every,

@@ -103,11 +103,6 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output}: it is there already; give a new or an empty folder as --output")
     model, tokenizer = load(run.path)
-    if form == "merged" and model.config.head_pooling is not None:
-        raise RunError(
-            f"{run.path}: its head reads a vector pooled by {model.config.head_pooling!r}, which no class of "
-            "transformers does; jaxft.load reads the run itself, and jaxft.save_model writes a folder that it reads"
-        )
     if form == "merged":
         return save_model(merge(model) if adapters(model) else model, output, tokenizer)
     if form == "sentence-transformers":
@@ -124,7 +119,7 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
             return save_sentence_transformer(model, output, tokenizer, prompts=prompts_of(run))
         if form == "serving":
             return save_serving(model, output, name=name)
-        if form == form_of(method, model):
+        if form == form_of(method, model, name):
             return save_adapter(model, output, name=name)
     what = " over ".join(type(m).__name__ for m in reversed(carried.values())) or "what it trained"
     raise RunError(

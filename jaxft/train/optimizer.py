@@ -1,8 +1,11 @@
 """Optimisers and schedules by name, and which leaves decay may touch."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from ..errors import OptimizerError, nearest, refuse
@@ -64,6 +67,37 @@ def make_schedule(kind: str, learning_rate: float, *, steps: int, warmup_steps: 
     if not warmup_steps:
         return falling
     return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), falling], [warmup_steps])
+
+
+def in_phases(first: optax.GradientTransformation, second: optax.GradientTransformation, steps: int) -> Any:
+    """Return the optimiser that is `first` for some steps, and then `second` from a state of its own.
+
+    Args:
+        first: Of the first phase.
+        second: Of what follows: of the same kind, with another schedule say.
+        steps: Updates of the first phase.
+
+    >>> import jax.numpy as jnp
+    >>> tx = in_phases(optax.sgd(1.0), optax.sgd(0.5), 1)
+    >>> state, moved = tx.init(jnp.zeros(1)), []
+    >>> for _ in range(2):
+    ...     update, state = tx.update(jnp.ones(1), state)
+    ...     moved.append(float(update[0]))
+    >>> moved
+    [-1.0, -0.5]
+    """
+
+    def init(params: Any) -> Any:
+        return jnp.int32(0), first.init(params)
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        count, inner = state
+        fresh = second.init(grads if params is None else params)
+        inner = jax.tree.map(partial(jnp.where, count == steps), fresh, inner)
+        updates, inner = jax.lax.cond(count < steps, first.update, second.update, grads, inner, params)
+        return updates, (count + 1, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def make_optimizer(

@@ -11,7 +11,7 @@ from texts import make_tokenizer
 import jaxft
 from jaxft.embedding import longest
 from jaxft.errors import CheckpointError, MethodError
-from jaxft.loading import with_config
+from jaxft.loading import with_config, with_pooling
 from jaxft.models.hub import read_config
 from jaxft.models.names import variables
 from jaxft.models.pooling import POOLINGS
@@ -212,3 +212,13 @@ def test_what_no_folder_can_hold(bert, words, tmp_path):
     llama, _ = jaxft.load(tmp_path / "llama")
     refused(jaxft.attach(llama, jaxft.LoRA(r=2, target_modules=r".*\.q_proj")), "regular expression")
     refused(jaxft.attach(llama, jaxft.LoRA(r=2, target_modules=("lm_head",))), "no tensor of the backbone")
+
+
+def test_a_head_over_the_pooled_vector(bert, words, tmp_path):
+    """That library reads the backbone, so that the folder is its family's; ours finds the head as it was."""
+    jaxft.save_model(bert, tmp_path / "base", words)
+    model = with_pooling(jaxft.load(tmp_path / "base", labels=("a", "b"))[0], "mean")
+    folder = jaxft.save_sentence_transformer(model, tmp_path / "st", words)
+    raw = json.loads((folder / "config.json").read_text())
+    assert (raw["model_type"], raw["architectures"]) == ("bert", ["BertForSequenceClassification"])
+    assert np.array_equal(jaxft.load(folder)[0]([[5, 6]]), model([[5, 6]]))

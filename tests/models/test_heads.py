@@ -201,6 +201,9 @@ def test_what_is_refused(folders, tmp_path):
     folder = jaxft.save_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), tmp_path)
     with pytest.raises(jaxft.CheckpointError, match=r"the adapter of a classifier, .* labels=\.\.\."):
         jaxft.load_adapter(jaxft.load(folders["bert"])[0], folder)
+    with pytest.raises(jaxft.CheckpointError, match=r"for the classes \['bad', 'so so', 'good'\], .*\['a', 'b'\]"):
+        jaxft.load_adapter(jaxft.load(folders["bert"], labels=("a", "b"))[0], folder)
+    (folder / "labels.json").unlink()
     with pytest.raises(jaxft.CheckpointError, match=r"classifier\.weight is \(3, 32\) in the file, \(2, 32\) in this"):
         jaxft.load_adapter(jaxft.load(folders["bert"], labels=("a", "b"))[0], folder)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -227,3 +230,57 @@ def test_a_head_over_the_pooled_vector(folders, tmp_path, family):
     assert np.abs(model(**PADDED) - plain(**PADDED)).max() > 1e-3
     again, _ = jaxft.load(jaxft.save_model(model, tmp_path))
     assert jnp.array_equal(again(**PADDED), model(**PADDED))
+
+
+def test_the_names_of_an_adapters_classes(folders, tmp_path):
+    """In another order the answers would be swapped: refused; a base without names takes any."""
+    model, _ = jaxft.load(folders["bert"], labels=("neg", "pos"))
+    swapped, _ = jaxft.load(folders["bert"], labels=("pos", "neg"))
+    nameless, _ = jaxft.load(folders["bert"], labels=("LABEL_0", "LABEL_1"))
+    for n, method in enumerate((jaxft.LoRA(r=2), jaxft.Adapter(reduction_factor=8))):
+        folder = jaxft.save_adapter(jaxft.attach(model, method), tmp_path / str(n))
+        if n:
+            (folder / "labels.json").unlink()  # as the adapters library writes it, which names them in its own file
+        with pytest.raises(jaxft.CheckpointError, match=r"classes \['neg', 'pos'\], .*\['pos', 'neg'\]"):
+            jaxft.load_adapter(swapped, folder)
+        assert jaxft.load_adapter(model, folder)(**PADDED).shape == (2, 2)
+        assert jaxft.load_adapter(nameless, folder)(**PADDED).shape == (2, 2)
+
+
+def test_how_an_adapters_head_is_pooled(folders, tmp_path):
+    """Its folder says it; peft would read another vector, so that such a folder is ours alone."""
+    plain, _ = jaxft.load(folders["bert"], labels=LABELS)
+    model = with_pooling(plain, "mean")
+    folder = jaxft.save_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), tmp_path / "mean")
+    assert json.loads((folder / "labels.json").read_text())["head_pooling"] == "mean"
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "JAXFT"
+    assert jnp.array_equal(jaxft.load_adapter(model, folder)(**PADDED), model(**PADDED))
+    with pytest.raises(jaxft.CheckpointError, match=r"pooled by 'mean'.*jaxft\.loading\.with_pooling\(model, 'mean'\)"):
+        jaxft.load_adapter(plain, folder)
+    folder = jaxft.save_adapter(jaxft.attach(plain, jaxft.LoRA(r=2)), tmp_path / "own")
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    with pytest.raises(
+        jaxft.CheckpointError, match=r"what BertForSequenceClassification itself reads, .*head_pooling=None\)"
+    ):
+        jaxft.load_adapter(model, folder)
+
+
+def test_a_folder_that_transformers_would_misread(folders, tmp_path):
+    """A head over another vector than the family's is of a model_type of ours, which is loud there."""
+    plain, _ = jaxft.load(folders["bert"], labels=LABELS)
+    folder = jaxft.save_model(with_pooling(plain, "mean"), tmp_path / "mean")
+    raw = json.loads((folder / "config.json").read_text())
+    assert (raw["model_type"], raw["architectures"]) == ("jaxft_bert", ["JaxftBertForSequenceClassification"])
+    again, _ = jaxft.load(folder)
+    assert again.config.head_pooling == "mean" and again.config.labels == LABELS
+    again.config = again.config.replace(head_pooling=None)
+    raw = json.loads((jaxft.save_model(again, tmp_path / "own") / "config.json").read_text())
+    assert raw["model_type"] == "bert" and "jaxft_head_pooling" not in raw
+    # BERT has a pooler before its head, which a pooled vector passes over; the others read the vector itself.
+    assert with_pooling(plain, "cls").head_pooling == "cls"
+    llama, _ = jaxft.load(folders["llama"], labels=LABELS)
+    same = with_pooling(llama, "last")
+    assert same.head_pooling is None and jnp.array_equal(same(**PADDED), llama(**PADDED))
+    raw = json.loads((jaxft.save_model(same, tmp_path / "last") / "config.json").read_text())
+    assert raw["model_type"] == "llama" and "jaxft_head_pooling" not in raw
+    assert with_pooling(jaxft.testing.tiny_bert(), "mean").head_pooling is None  # there is no head
