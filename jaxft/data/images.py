@@ -50,10 +50,6 @@ class ImageDataset:
         batch = {"pixel_values": self.processor(self.images[rows])}
         return batch if self.labels is None else {**batch, "labels": self.labels[rows]}
 
-    def unit(self, rows: Sequence[int] | slice) -> Array:
-        """Return some rows as `[B, C, H, W]` float32 from 0 to 1, what augmentations take; then `normalise` them."""
-        return np.asarray(self.images[rows].transpose(0, 3, 1, 2) / np.float32(255))
-
 
 def load_images(
     path: str | Path,
