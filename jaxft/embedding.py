@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .data.columns import check_cut, pad, text_width
+from .data.columns import check_room, pad, text_width
 from .data.formats import text_of
 from .data.images import ImageDataset
 from .errors import DataError, refuse
@@ -49,8 +49,8 @@ def embed(
     """
     check_texts(texts)
     length = longest(model) if max_length is None else max_length
+    check_room(tokenizer, length)
     found = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]  # at once: in parallel, and quick
-    check_cut(max(map(len, found), default=0), length)
     return scaled(embed_rows(model, [{"input_ids": ids} for ids in found], batch_size), model, normalize)
 
 

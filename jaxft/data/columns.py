@@ -119,22 +119,23 @@ def tokens_of(tokenizer: Any, text: str, second: str | None, max_length: int) ->
     """Return the tokens of a text, or of two as the tokenizer joins them, and whether they had to be cut.
 
     Raises:
-        DataError: `max_length` leaves no room for special tokens.
+        DataError: `max_length` leaves no room beside special tokens.
     """
     given = (text,) if second is None else (text, second)
     found = tokenizer(*given)
     cut = len(found["input_ids"]) > max_length
     if cut:
+        check_room(tokenizer, max_length, len(given))
         found = tokenizer(*given, truncation=True, max_length=max_length)
-        check_cut(len(found["input_ids"]), max_length)
     names = ["input_ids", *(["token_type_ids"] if second is not None and "token_type_ids" in found else [])]
     return {name: np.array(found[name], np.int32) for name in names}, cut
 
 
-def check_cut(length: int, max_length: int) -> None:
-    """Refuse a text that its tokenizer has left as it was, since not even its special tokens have room."""
-    if length > max_length:
-        raise DataError(f"max_length {max_length}: special tokens alone take as much or more; allow some more tokens")
+def check_room(tokenizer: Any, max_length: int, texts: int = 1) -> None:
+    """Refuse a length that special tokens fill: all texts would be one, or none be cut, as tokenizers have it."""
+    special = len(tokenizer(*[""] * texts)["input_ids"])
+    if max_length <= special:
+        raise DataError(f"max_length {max_length}: {special} special tokens leave no room for text; allow more tokens")
 
 
 def load_columns(

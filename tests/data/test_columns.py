@@ -90,10 +90,10 @@ def test_a_length_without_room_for_special_tokens(tmp_path, max_length, pair):
         single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     file.write_text(json.dumps({"text": "the cat", "text_pair": pair, "label": 0}))
-    with pytest.raises(DataError, match=f"rows.jsonl:1: max_length {max_length}: special tokens alone"):
+    with pytest.raises(DataError, match=f"rows.jsonl:1: max_length {max_length}: . special tokens leave no"):
         load_columns(file, tokenizer, Reading("labelled", max_length, labels=("a", "b")))
     if pair is None:
-        with pytest.raises(DataError, match=f"max_length {max_length}: special tokens alone"):
+        with pytest.raises(DataError, match=f"max_length {max_length}: 2 special tokens leave no room"):
             jaxft.embed(jaxft.testing.tiny_llama(), tokenizer, ["the cat"], max_length=max_length)
 
 
