@@ -1,6 +1,7 @@
 """A Hugging Face folder or hub id in, a model out: a walk over the mirrored names, tensor by tensor into place."""
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from .placement import place
 from .seams import number
 from .sentence_folder import read_sentence_folder
 from .tensors import Tensors, read_json
+
+log = logging.getLogger("jaxft")
 
 ALIGNMENT = 64
 NEEDED = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
@@ -127,14 +130,19 @@ def load_model(
     config = read_config(folder, dtype=dtype, remat=remat, mesh=mesh, source=source or str(folder))
     kept = labels is None or same_classes(config.labels, labels)
     if labels is not None:
-        config = config.replace(labels=checked_labels(labels))
+        wanted = checked_labels(labels)
+        if config.labels and wanted and not kept:
+            log.warning(
+                "%s: its head for %s is discarded for a new one for %s", folder, list(config.labels), list(wanted)
+            )
+        config = config.replace(labels=wanted)
     if abstract:
         model = abstract_model(config)
         mark_new(model, () if kept else tuple(path for path in model.heads if not path.startswith(f"{model.prefix}.")))
         return model
     with Tensors(at) as tensors:
         model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
-        fill(model, tensors, keep_head=kept)
+        fill(model, tensors, keep_head=kept, asked=labels is not None)
     return model
 
 
@@ -175,15 +183,16 @@ def float_dtype(dtype: Any) -> Any:
     return parsed
 
 
-def fill(model: Model, tensors: Tensors, keep_head: bool = True) -> None:
+def fill(model: Model, tensors: Tensors, keep_head: bool = True, asked: bool = False) -> None:
     """Put every tensor of a checkpoint into its place in an abstract model; refuse what does not fit, all at once.
 
-    A head of which the checkpoint lacks a tensor, or has it for another number of classes, is made anew.
+    A head that was asked for is made anew where the checkpoint has nothing of it, or one for other classes.
 
     Args:
         model: The model; its arrays become real.
         tensors: The checkpoint.
         keep_head: Whether a classification head that the checkpoint has is the one that is wanted, if any is.
+        asked: Whether a head is asked for, so that it may be new.
     """
     on_disk = disk_names(model, tensors)
     leave_out(model, on_disk)
@@ -196,14 +205,11 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True) -> None:
         for name in named.names
     }
 
-    def fits(name: str, spot: Any) -> bool:
-        return name in on_disk and tensors.shapes[on_disk[name]] == disk_shape(*spot)
-
+    there = {path for path in model.heads if any(name.startswith(f"{path}.") for name in on_disk)}
     new = tuple(
         path
         for path in model.heads
-        if not (keep_head or path.startswith(f"{model.prefix}."))
-        or not all(fits(name, spot) for name, spot in everything.items() if name.startswith(f"{path}."))
+        if asked and (path not in there or not (keep_head or path.startswith(f"{model.prefix}.")))
     )
     begin_heads(model, new)
     others = () if keep_head or model.config.labels else CLASSIFIERS[model.model_type].heads  # a head not wanted

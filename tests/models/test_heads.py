@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jaxft
 from jaxft.loading import with_pooling
@@ -282,3 +282,37 @@ def test_a_folder_that_transformers_would_misread(folders, tmp_path):
     raw = json.loads((jaxft.save_model(same, tmp_path / "last") / "config.json").read_text())
     assert raw["model_type"] == "llama" and "jaxft_head_pooling" not in raw
     assert with_pooling(jaxft.testing.tiny_bert(), "mean").head_pooling is None  # there is no head
+
+
+def test_a_head_that_is_damaged_is_no_new_one(folders, tmp_path):
+    """One that is there is kept whole or refused; one that is not there is new where classes are asked for."""
+    folder = jaxft.save_model(jaxft.load(folders["bert"], labels=LABELS)[0], tmp_path)
+    whole = load_file(folder / "model.safetensors")
+    head = ("classifier.weight", "classifier.bias")
+
+    def write(tensors):
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
+
+    write({k: v for k, v in whole.items() if k != "classifier.bias"})
+    for labels in (None, LABELS):
+        with pytest.raises(jaxft.CheckpointError, match=r"classifier\.bias is missing"):
+            jaxft.load(folder, labels=labels)
+    write({**whole, "classifier.weight": whole["classifier.weight"][:2]})
+    with pytest.raises(jaxft.CheckpointError, match=r"classifier\.weight is \(2, 32\) on disk, \(3, 32\) by config"):
+        jaxft.load(folder)
+    write({**whole, "bert.pooler.dense.bias": np.zeros(3, np.float32)})
+    with pytest.raises(jaxft.CheckpointError, match=r"bert\.pooler\.dense\.bias is \(3,\) on disk"):
+        jaxft.load(folder, labels=("a", "b"))
+    write({k: v for k, v in whole.items() if k not in head})
+    with pytest.raises(jaxft.CheckpointError, match=r"classifier\.weight is missing"):
+        jaxft.load(folder)
+    assert jaxft.load(folder, labels=LABELS)[0].classifier.kernel.get_metadata("new")
+
+
+def test_a_trained_head_that_is_discarded_is_said(folders, tmp_path, caplog):
+    folder = jaxft.save_model(jaxft.load(folders["bert"], labels=("a", "b"))[0], tmp_path)
+    for labels in (("a", "b"), (), None):
+        jaxft.load(folder, labels=labels)
+    assert not caplog.records
+    jaxft.load(folder, labels=("b", "a"))
+    assert "['a', 'b'] is discarded for a new one for ['b', 'a']" in caplog.text
