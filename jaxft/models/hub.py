@@ -1,10 +1,11 @@
 """A Hugging Face folder or hub id in, a model out: a walk over the mirrored names, tensor by tensor into place."""
 
 import dataclasses
+import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from ..errors import CheckpointError, refuse
 from . import CLASSIFIERS, FAMILIES
 from .base import Model
-from .config import OUR_TYPE, token_ids, unnamed
+from .config import OUR_TYPE, class_names, token_ids, unnamed
 from .layers import normal
 from .names import LEAF_NAMES, Named, parameters, renamed
 from .placement import place
@@ -67,9 +68,15 @@ def read_config(folder: Path, **options: Any) -> Any:
 
 
 def read_shape(
-    file: Path, *, dtype: Any = None, remat: str = "none", mesh: Mesh | None = None, source: str = ""
+    file: Path,
+    *,
+    dtype: Any = None,
+    remat: str = "none",
+    mesh: Mesh | None = None,
+    source: str = "",
+    labels: Sequence[str] | None = None,
 ) -> Any:
-    """Read a `config.json` by itself; the dtype is the one that it declares, if no other is given."""
+    """Read a `config.json` by itself; dtype and classes are those that it declares, if no others are given."""
     raw = read_json(file)
     family = FAMILIES.get(str(raw.get("model_type")).removeprefix(OUR_TYPE))
     if family is None:
@@ -77,7 +84,10 @@ def read_shape(
         what = "an adapter: load its base model, then jaxft.load_adapter" if "peft_type" in raw else "not supported"
         raise CheckpointError(f"{file}: model_type {raw.get('model_type')!r} is {what}; there are {known}")
     dtype = config_dtype(raw) if dtype is None else float_dtype(dtype)
-    return family.config_class.from_raw(raw, dtype=dtype, remat=remat, mesh=mesh, source=source or str(file))
+    options: dict[str, Any] = {"dtype": dtype, "remat": remat, "mesh": mesh, "source": source or str(file)}
+    if labels is not None:
+        options["labels"] = checked_labels(labels)
+    return family.config_class.from_raw(raw, **options)
 
 
 def family_of(config: Any) -> type[Model]:
@@ -127,15 +137,14 @@ def load_model(
         raise CheckpointError(
             f"{folder} is an adapter: load its base model, then jaxft.load_adapter(model, {str(folder)!r})"
         )
-    config = read_config(folder, dtype=dtype, remat=remat, mesh=mesh, source=source or str(folder))
-    kept = labels is None or same_classes(config.labels, labels)
-    if labels is not None:
-        wanted = checked_labels(labels)
-        if config.labels and wanted and not kept:
-            log.warning(
-                "%s: its head for %s is discarded for a new one for %s", folder, list(config.labels), list(wanted)
-            )
-        config = config.replace(labels=wanted)
+    options: dict[str, Any] = {"dtype": dtype, "remat": remat, "mesh": mesh, "source": source or str(folder)}
+    config = read_config(folder, **options, labels=labels)
+    there = readable_classes(json.loads(config.raw))
+    kept = labels is None or (there is not None and same_classes(there, config.labels))
+    if there and config.labels and not kept:
+        log.warning(
+            "%s: its head for %s is discarded for a new one for %s", folder, list(there), list(config.labels)
+        )
     if abstract:
         model = abstract_model(config)
         mark_new(model, () if kept else tuple(path for path in model.heads if not path.startswith(f"{model.prefix}.")))
@@ -148,13 +157,21 @@ def load_model(
 
 def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """Return names of classes; refuse what are none, or are there twice."""
-    if isinstance(labels, str) or not all(isinstance(x, str) and x for x in labels):
+    if isinstance(labels, str) or not isinstance(labels, Iterable) or not all(isinstance(x, str) and x for x in labels):
         raise CheckpointError(
             f"labels={labels!r}: give the names of the classes, one for a regression, none for no head"
         )
     twice = sorted({x for x in labels if list(labels).count(x) > 1})
     refuse(CheckpointError, "labels: each class has one name", [f"{x!r} is there twice" for x in twice])
     return tuple(labels)
+
+
+def readable_classes(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of the classes of a checkpoint's head, () without one, None of one that is not supported."""
+    try:
+        return class_names(raw)
+    except CheckpointError:
+        return None
 
 
 def same_classes(there: Sequence[str], wanted: Sequence[str]) -> bool:

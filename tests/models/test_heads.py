@@ -13,6 +13,7 @@ import jaxft
 from jaxft.loading import with_pooling
 from jaxft.methods.method import Method
 from jaxft.models import CLASSIFIERS, FAMILIES
+from jaxft.models.hub import fresh_model, read_config, read_shape
 from jaxft.testing import tiny_bert, tiny_gpt2, tiny_llama
 
 ROW = [5, 6, 7, 8, 9]
@@ -316,3 +317,35 @@ def test_a_trained_head_that_is_discarded_is_said(folders, tmp_path, caplog):
     assert not caplog.records
     jaxft.load(folder, labels=("b", "a"))
     assert "['a', 'b'] is discarded for a new one for ['b', 'a']" in caplog.text
+
+
+def test_heads_of_a_kind_that_is_not_read(folders, tmp_path):
+    """Labels that may hold together, and several numbers: by name; the body is read where no such head is wanted."""
+    folder = jaxft.save_model(jaxft.load(folders["bert"], labels=("a", "b"))[0], tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    for kind, match in (("multi_label_classification", "multi_label"), ("regression", "a regression of 2 outputs")):
+        (folder / "config.json").write_text(json.dumps({**raw, "problem_type": kind}))
+        for labels in (None, ("a", "b")):
+            if labels is None:
+                with pytest.raises(jaxft.CheckpointError, match=match):
+                    jaxft.load(folder)
+            else:
+                assert jaxft.load(folder, labels=labels)[0].classifier.kernel.get_metadata("new")
+        assert jaxft.load(folder, labels=())[0].config.labels == ()
+
+
+def test_random_with_a_head(folders, tmp_path):
+    """A shape with labels of one's own is a classifier from scratch."""
+    config = read_config(folders["bert"], labels=LABELS)
+    assert config.labels == LABELS and fresh_model(config)(**PADDED).shape == (2, 3)
+    assert read_shape(folders["bert"] / "config.json", labels=["a", "b"]).labels == ("a", "b")
+    with pytest.raises(jaxft.CheckpointError, match="'a' is there twice"):
+        read_shape(folders["bert"] / "config.json", labels=("a", "a"))
+    for labels in (3, "good", (1, 2)):
+        with pytest.raises(jaxft.CheckpointError, match="give the names of the classes"):
+            jaxft.load(folders["bert"], labels=labels)
+    raw = json.loads((folders["bert"] / "config.json").read_text())
+    for key, name in (("max_position_embeddings", "n_positions"), ("type_vocab_size", "type_vocab_size")):
+        (tmp_path / "config.json").write_text(json.dumps({**raw, key: "64"}))
+        with pytest.raises(jaxft.CheckpointError, match=f"{name} is '64'"):
+            read_config(tmp_path)
