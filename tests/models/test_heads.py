@@ -349,3 +349,15 @@ def test_random_with_a_head(folders, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**raw, key: "64"}))
         with pytest.raises(jaxft.CheckpointError, match=f"{name} is '64'"):
             read_config(tmp_path)
+
+
+def test_a_new_pooler_is_no_target(folders, tmp_path):
+    """It is copied whole, as the head is: no product is hung there too."""
+    plain, _ = jaxft.load(folders["bert"])
+    plain.pooler = None
+    model, _ = jaxft.load(jaxft.save_model(plain, tmp_path), labels=LABELS)
+    for targets in (("dense",), "all-linear"):
+        paths = jaxft.leaves(jaxft.attach(model, jaxft.LoRA(r=2, target_modules=targets)))
+        assert not any(path.startswith("bert.pooler.dense.delta") for path in paths)
+        assert "bert.pooler.dense.saved.default.kernel" in paths
+        assert "bert.encoder.layer.output.dense.delta.default.a" in paths
