@@ -361,3 +361,23 @@ def test_a_new_pooler_is_no_target(folders, tmp_path):
         assert not any(path.startswith("bert.pooler.dense.delta") for path in paths)
         assert "bert.pooler.dense.saved.default.kernel" in paths
         assert "bert.encoder.layer.output.dense.delta.default.a" in paths
+
+
+def test_a_headless_adapter_below_a_new_head(folders, tmp_path):
+    """Going on with it would leave the random head as it is."""
+    plain = jaxft.attach(jaxft.load(folders["llama"], labels=())[0], jaxft.BitFit(create=True))
+    folder = jaxft.save_adapter(plain, tmp_path)
+    model = jaxft.load_adapter(jaxft.load(folders["llama"], labels=LABELS)[0], folder)
+    for method in (None, jaxft.LoRA(r=2), jaxft.adapters(model)["default"]):
+        match = "describe" if isinstance(method, jaxft.LoRA) else r"(?s)head is new.*attach a new adapter over.*score\.kernel"
+        with pytest.raises(jaxft.MethodError, match=match):
+            jaxft.TrainState.create(model, method, optax.sgd(0.1))
+    jaxft.TrainState.create(jaxft.attach(model, jaxft.LoRA(r=2), name="over"), None, optax.sgd(0.1), name="over")
+
+
+def test_a_head_that_weighs_nothing_is_not_merged(folders):
+    model, _ = jaxft.load(folders["bert"], labels=LABELS)
+    adapted = jaxft.set_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), None)
+    adapted = jaxft.attach(adapted, jaxft.LoRA(r=2), name="b")
+    off, on = jaxft.merge(jaxft.set_adapter(adapted, None)), jaxft.merge(jaxft.set_adapter(adapted, "b"))
+    assert off.classifier.kernel.get_metadata("new") and not on.classifier.kernel.get_metadata("new")
