@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from ..methods import IA3, LoRA
 from ..methods.method import adapters
 from ..models.sentence_folder import FLAGS, MODULES, SETTINGS, THEIRS, TRANSFORMER, read_sentence_folder
 from ..models.tensors import Tensors, read_json, replacing, write_tensors
+from . import adapters as library
 from .entries import PREFIX
 from .export import OURS, save_model
-from .folder import CONFIG, WEIGHTS, save_adapter
+from .folder import CONFIG, LABELS, WEIGHTS, save_adapter
 
 NAMING = (
     "target_modules",
@@ -61,7 +63,8 @@ def save_sentence_transformer(
         _save_adapter(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        stale = [f.name for f in folder.iterdir() if f.name == "config.json" or OURS.fullmatch(f.name)]
+        others = ("config.json", LABELS, library.WEIGHTS, library.HEAD, library.HEAD_CONFIG)
+        stale = [f.name for f in folder.iterdir() if f.name in others or OURS.fullmatch(f.name)]
     else:
         save_model(model, folder, tokenizer)
         if model.head_pooling is not None:  # they read the backbone alone, which is their own family's
@@ -99,18 +102,19 @@ def _save_adapter(model: Any, folder: Path) -> None:
     ((name, method),) = carried.items()
     if prefix and any(isinstance(getattr(method, key, None), str) for key in NAMING):
         raise MethodError("target_modules is a regular expression on names that differ there: give names, or merge it")
-    save_adapter(model, folder, name=name)
-    config = read_json(folder / CONFIG)
+    with tempfile.TemporaryDirectory() as scratch:  # nothing is written to the folder before all is known to fit
+        save_adapter(model, scratch, name=name)
+        config = read_json(Path(scratch) / CONFIG)
+        with Tensors(Path(scratch), WEIGHTS) as tensors:
+            read = {key: tensors.read(key) for key in tensors.shapes}
+    outside = [key for key in read if not key.startswith(PREFIX + prefix)]
+    if outside:
+        raise MethodError(f"{outside[0]} is no tensor of the backbone, which is all that this folder holds: merge it")
     base = Path(config["base_model_name_or_path"])
     config["base_model_name_or_path"] = (
         str(read_sentence_folder(base).transformer.resolve()) if base.is_dir() else str(base)
     )
     config["task_type"] = "FEATURE_EXTRACTION"
-    with Tensors(folder, WEIGHTS) as tensors:
-        read = {key: tensors.read(key) for key in tensors.shapes}
-    outside = [key for key in read if not key.startswith(PREFIX + prefix)]
-    if outside:
-        raise MethodError(f"{outside[0]} is no tensor of the backbone, which is all that this folder holds: merge it")
     with replacing(folder) as scratch:
         write_tensors(scratch / WEIGHTS, {PREFIX + key.removeprefix(PREFIX + prefix): x for key, x in read.items()})
         config |= {key: _bare(config[key], prefix) for key in NAMING if key in config}

@@ -44,9 +44,21 @@ def logical_axes(module: Any) -> tuple[Any, Any]:
 
 def all_linear(model: Any, named: Iterable[Named]) -> list[Named]:
     """Return the linear layers, the heads on the backbone apart: what peft calls "all-linear"."""
+    return [n for n in named if is_linear(n.module) and not of_head(model, n, "lm_head")]
+
+
+def of_head(model: Any, n: Named, *more: str) -> bool:
+    """Tell whether a module is of a head on the backbone, or of one inside it that is new: an adapter copies it whole.
+
+    Args:
+        model: The model.
+        n: The module.
+        more: Paths of further heads.
+    """
     inside = f"{getattr(model, 'prefix', '')}."
-    heads = [f"{path}." for path in ("lm_head", *getattr(model, "heads", ())) if not path.startswith(inside)]
-    return [n for n in named if is_linear(n.module) and not f"{n.path}.".startswith(tuple(heads))]
+    heads = tuple(f"{path}." for path in (*more, *getattr(model, "heads", ())) if not path.startswith(inside))
+    new = any(isinstance(v, nnx.Param) and v.get_metadata("new", False) for v in vars(n.module).values())
+    return new or f"{n.path}.".startswith(heads)
 
 
 def passes_context(module: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import MethodError, SelectionError, nearest
 from ..models.names import Named, named_modules
-from .linear import all_linear
+from .linear import all_linear, of_head
 
 log = logging.getLogger("jaxft")
 
@@ -118,9 +118,7 @@ def anything(module: Any) -> bool:
 
 def outside_heads(model: Any, kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """Return the same kinds of modules without those of a classification head: that is copied whole, as in peft."""
-    inside = f"{getattr(model, 'prefix', '')}."
-    heads = tuple(f"{path}." for path in getattr(model, "heads", ()) if not path.startswith(inside))
-    apart = {id(n.module) for n in named_modules(model) if f"{n.path}.".startswith(heads)}
+    apart = {id(n.module) for n in named_modules(model) if of_head(model, n)}
     return lambda module: kinds(module) and id(module) not in apart
 
 

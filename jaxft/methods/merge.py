@@ -201,5 +201,5 @@ def _merge_copies(n: Named, ctx: Context, tied: jax.Array | None) -> None:
                 base = own.get_value() if own is not None else tied if leaf == "kernel" else None
                 weight = ctx.weight(name) * gate.reshape(*gate.shape, *(1,) * (value.ndim - gate.ndim))
                 put(n.module, leaf, mix(base, value, weight).astype(value.dtype if base is None else base.dtype))
-                if copy.get_metadata("head", False):
+                if copy.get_metadata("head", False) and bool((weight != 0).any()):
                     getattr(n.module, leaf).set_metadata(new=False)  # it has been trained

@@ -13,7 +13,7 @@ from flax import nnx
 
 from ..errors import MethodError, PartitionError, SelectionError, nearest, refuse
 from ..models.names import LEAF_NAMES, dotted, is_variable, named_modules, variables
-from .heads import copied_heads, copy_heads, trained
+from .heads import copied_heads, copy_heads, drop_heads, is_copy, trained
 from .method import Method, adapters, attach, detach, register
 from .switch import all_off
 
@@ -45,7 +45,11 @@ def attached(model: Any, method: Method | None, *, name: str = "default", seed: 
 def _readopt(model: Any, method: Method, name: str) -> Any:
     """Attach afresh and keep the values that hang there, if they are of the same places, shapes and scales."""
     fresh = attach(all_off(detach(model, name)), method, name=name)
-    copy_heads(fresh, method, name, copied_heads(model, name))
+    copied = copied_heads(model, name)
+    if copied:
+        copy_heads(fresh, method, name, copied)
+    else:
+        drop_heads(fresh, name)  # it was trained without a head
     if name not in adapters(fresh):
         register(fresh, name, method)
     old, new = variables(model), variables(fresh)
@@ -99,6 +103,14 @@ def _flags(model: Any, method: Method, name: str) -> dict[str, bool]:
         "parts of a method that do not add up",
         [f"one trains a leaf of the base, another a copy that hides it: {p}" for p in hidden]
         + [f"one trains a kernel of the base, of which a DoRA has the norm: {p}" for p in normed if flags.get(p)],
+    )
+    known = variables(model)
+    copies = {p.replace(f".saved.{one}", "") for one in adapters(model) for p, v in known.items() if is_copy(p, v, one)}
+    idle = [p for p, v in known.items() if v.get_metadata("new", False) and not flags[p] and p not in copies]
+    refuse(
+        MethodError,
+        f"the head is new, and the adapter {name!r} has no copy of it to train: attach a new adapter over it",
+        [f"{p} would stay random" for p in idle],
     )
     if not any(flags.values()):
         raise SelectionError(f"{type(method).__name__} trains no leaf of this {type(model).__name__}")

@@ -35,6 +35,8 @@ class BertConfig(ModelConfig):
     (64, 0.1, 'mean')
     """
 
+    sizes: ClassVar[tuple[str, ...]] = (*ModelConfig.sizes, "n_positions", "type_vocab_size")
+
     pooling: str = "mean"
     n_positions: int
     first_position: int = 0

@@ -77,7 +77,8 @@ class ModelConfig:
         """Build the record from a parsed `config.json` (see the examples of the families)."""
         model_type = raw.get("model_type")
         try:
-            fields = {**cls.parse(raw), "labels": class_names(raw), "stop_ids": token_ids(raw.get("eos_token_id"))}
+            fields = {**cls.parse(raw), "stop_ids": token_ids(raw.get("eos_token_id"))}
+            fields["labels"] = more["labels"] if "labels" in more else class_names(raw)
             fields["head_pooling"] = raw.get(HEAD_POOLING)
         except KeyError as missing:
             raise CheckpointError(f"config.json of model_type {model_type!r} lacks the key {missing}") from None
@@ -113,13 +114,24 @@ class ModelConfig:
 def class_names(raw: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the classes of a checkpoint with a classification head, () of another one.
 
+    Raises:
+        CheckpointError: Its head says more than one class, or several numbers.
+
     >>> class_names({"architectures": ["BertForSequenceClassification"], "id2label": {"1": "good", "0": "bad"}})
     ('bad', 'good')
     """
     if not any(re.search(r"For(Sequence|Image)Classification$", str(name)) for name in raw.get("architectures") or ()):
         return ()
     named = raw.get("id2label") or {i: unnamed(i) for i in range(raw.get("num_labels", 2))}
-    return tuple(str(name) for _, name in sorted((int(i), name) for i, name in named.items()))
+    kind, found = raw.get("problem_type"), tuple(str(name) for _, name in sorted((int(i), x) for i, x in named.items()))
+    several = kind == "regression" and len(found) > 1
+    if several or kind not in (None, "regression", "single_label_classification"):
+        what = f"a regression of {len(found)} outputs" if several else f"problem_type {kind!r}"
+        raise CheckpointError(
+            f"config.json: a head for {what} is not supported: one class of several, or one number, is; the body is "
+            "read with labels=() or with those of a new head"
+        )
+    return found
 
 
 def unnamed(i: int) -> str:

@@ -1,9 +1,11 @@
 """A Hugging Face folder or hub id in, a model out: a walk over the mirrored names, tensor by tensor into place."""
 
 import dataclasses
+import json
+import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,15 @@ from jax.sharding import Mesh
 from ..errors import CheckpointError, refuse
 from . import CLASSIFIERS, FAMILIES
 from .base import Model
-from .config import OUR_TYPE, token_ids, unnamed
+from .config import OUR_TYPE, class_names, token_ids, unnamed
 from .layers import normal
 from .names import LEAF_NAMES, Named, parameters, renamed
 from .placement import place
 from .seams import number
 from .sentence_folder import read_sentence_folder
 from .tensors import Tensors, read_json
+
+log = logging.getLogger("jaxft")
 
 ALIGNMENT = 64
 NEEDED = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
@@ -64,9 +68,15 @@ def read_config(folder: Path, **options: Any) -> Any:
 
 
 def read_shape(
-    file: Path, *, dtype: Any = None, remat: str = "none", mesh: Mesh | None = None, source: str = ""
+    file: Path,
+    *,
+    dtype: Any = None,
+    remat: str = "none",
+    mesh: Mesh | None = None,
+    source: str = "",
+    labels: Sequence[str] | None = None,
 ) -> Any:
-    """Read a `config.json` by itself; the dtype is the one that it declares, if no other is given."""
+    """Read a `config.json` by itself; dtype and classes are those that it declares, if no others are given."""
     raw = read_json(file)
     family = FAMILIES.get(str(raw.get("model_type")).removeprefix(OUR_TYPE))
     if family is None:
@@ -74,7 +84,10 @@ def read_shape(
         what = "an adapter: load its base model, then jaxft.load_adapter" if "peft_type" in raw else "not supported"
         raise CheckpointError(f"{file}: model_type {raw.get('model_type')!r} is {what}; there are {known}")
     dtype = config_dtype(raw) if dtype is None else float_dtype(dtype)
-    return family.config_class.from_raw(raw, dtype=dtype, remat=remat, mesh=mesh, source=source or str(file))
+    options: dict[str, Any] = {"dtype": dtype, "remat": remat, "mesh": mesh, "source": source or str(file)}
+    if labels is not None:
+        options["labels"] = checked_labels(labels)
+    return family.config_class.from_raw(raw, **options)
 
 
 def family_of(config: Any) -> type[Model]:
@@ -124,29 +137,41 @@ def load_model(
         raise CheckpointError(
             f"{folder} is an adapter: load its base model, then jaxft.load_adapter(model, {str(folder)!r})"
         )
-    config = read_config(folder, dtype=dtype, remat=remat, mesh=mesh, source=source or str(folder))
-    kept = labels is None or same_classes(config.labels, labels)
-    if labels is not None:
-        config = config.replace(labels=checked_labels(labels))
+    options: dict[str, Any] = {"dtype": dtype, "remat": remat, "mesh": mesh, "source": source or str(folder)}
+    config = read_config(folder, **options, labels=labels)
+    there = readable_classes(json.loads(config.raw))
+    kept = labels is None or (there is not None and same_classes(there, config.labels))
+    if there and config.labels and not kept:
+        log.warning(
+            "%s: its head for %s is discarded for a new one for %s", folder, list(there), list(config.labels)
+        )
     if abstract:
         model = abstract_model(config)
         mark_new(model, () if kept else tuple(path for path in model.heads if not path.startswith(f"{model.prefix}.")))
         return model
     with Tensors(at) as tensors:
         model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
-        fill(model, tensors, keep_head=kept)
+        fill(model, tensors, keep_head=kept, asked=labels is not None)
     return model
 
 
 def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """Return names of classes; refuse what are none, or are there twice."""
-    if isinstance(labels, str) or not all(isinstance(x, str) and x for x in labels):
+    if isinstance(labels, str) or not isinstance(labels, Iterable) or not all(isinstance(x, str) and x for x in labels):
         raise CheckpointError(
             f"labels={labels!r}: give the names of the classes, one for a regression, none for no head"
         )
     twice = sorted({x for x in labels if list(labels).count(x) > 1})
     refuse(CheckpointError, "labels: each class has one name", [f"{x!r} is there twice" for x in twice])
     return tuple(labels)
+
+
+def readable_classes(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of the classes of a checkpoint's head, () without one, None of one that is not supported."""
+    try:
+        return class_names(raw)
+    except CheckpointError:
+        return None
 
 
 def same_classes(there: Sequence[str], wanted: Sequence[str]) -> bool:
@@ -175,15 +200,16 @@ def float_dtype(dtype: Any) -> Any:
     return parsed
 
 
-def fill(model: Model, tensors: Tensors, keep_head: bool = True) -> None:
+def fill(model: Model, tensors: Tensors, keep_head: bool = True, asked: bool = False) -> None:
     """Put every tensor of a checkpoint into its place in an abstract model; refuse what does not fit, all at once.
 
-    A head of which the checkpoint lacks a tensor, or has it for another number of classes, is made anew.
+    A head that was asked for is made anew where the checkpoint has nothing of it, or one for other classes.
 
     Args:
         model: The model; its arrays become real.
         tensors: The checkpoint.
         keep_head: Whether a classification head that the checkpoint has is the one that is wanted, if any is.
+        asked: Whether a head is asked for, so that it may be new.
     """
     on_disk = disk_names(model, tensors)
     leave_out(model, on_disk)
@@ -196,14 +222,11 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True) -> None:
         for name in named.names
     }
 
-    def fits(name: str, spot: Any) -> bool:
-        return name in on_disk and tensors.shapes[on_disk[name]] == disk_shape(*spot)
-
+    there = {path for path in model.heads if any(name.startswith(f"{path}.") for name in on_disk)}
     new = tuple(
         path
         for path in model.heads
-        if not (keep_head or path.startswith(f"{model.prefix}."))
-        or not all(fits(name, spot) for name, spot in everything.items() if name.startswith(f"{path}."))
+        if asked and (path not in there or not (keep_head or path.startswith(f"{model.prefix}.")))
     )
     begin_heads(model, new)
     others = () if keep_head or model.config.labels else CLASSIFIERS[model.model_type].heads  # a head not wanted

@@ -222,3 +222,13 @@ def test_a_head_over_the_pooled_vector(bert, words, tmp_path):
     raw = json.loads((folder / "config.json").read_text())
     assert (raw["model_type"], raw["architectures"]) == ("bert", ["BertForSequenceClassification"])
     assert np.array_equal(jaxft.load(folder)[0]([[5, 6]]), model([[5, 6]]))
+
+
+def test_an_adapter_that_is_refused_leaves_the_folder(words, tmp_path):
+    jaxft.save_model(jaxft.testing.tiny_llama(vocab_size=300), tmp_path / "base", words)
+    model, _ = jaxft.load(tmp_path / "base")
+    folder = jaxft.save_sentence_transformer(jaxft.attach(model, jaxft.LoRA(r=2)), tmp_path / "st", words)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(MethodError, match="no tensor of the backbone"):
+        jaxft.save_sentence_transformer(jaxft.attach(model, jaxft.LoRA(r=2, target_modules=("lm_head",))), folder)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jaxft
 from jaxft.loading import with_pooling
 from jaxft.methods.method import Method
 from jaxft.models import CLASSIFIERS, FAMILIES
+from jaxft.models.hub import fresh_model, read_config, read_shape
 from jaxft.testing import tiny_bert, tiny_gpt2, tiny_llama
 
 ROW = [5, 6, 7, 8, 9]
@@ -284,3 +285,101 @@ def test_a_folder_that_transformers_would_misread(folders, tmp_path):
     raw = json.loads((jaxft.save_model(same, tmp_path / "last") / "config.json").read_text())
     assert raw["model_type"] == "llama" and "jaxft_head_pooling" not in raw
     assert with_pooling(jaxft.testing.tiny_bert(), "mean").head_pooling is None  # there is no head
+
+
+def test_a_head_that_is_damaged_is_no_new_one(folders, tmp_path):
+    """One that is there is kept whole or refused; one that is not there is new where classes are asked for."""
+    folder = jaxft.save_model(jaxft.load(folders["bert"], labels=LABELS)[0], tmp_path)
+    whole = load_file(folder / "model.safetensors")
+    head = ("classifier.weight", "classifier.bias")
+
+    def write(tensors):
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
+
+    write({k: v for k, v in whole.items() if k != "classifier.bias"})
+    for labels in (None, LABELS):
+        with pytest.raises(jaxft.CheckpointError, match=r"classifier\.bias is missing"):
+            jaxft.load(folder, labels=labels)
+    write({**whole, "classifier.weight": whole["classifier.weight"][:2]})
+    with pytest.raises(jaxft.CheckpointError, match=r"classifier\.weight is \(2, 32\) on disk, \(3, 32\) by config"):
+        jaxft.load(folder)
+    write({**whole, "bert.pooler.dense.bias": np.zeros(3, np.float32)})
+    with pytest.raises(jaxft.CheckpointError, match=r"bert\.pooler\.dense\.bias is \(3,\) on disk"):
+        jaxft.load(folder, labels=("a", "b"))
+    write({k: v for k, v in whole.items() if k not in head})
+    with pytest.raises(jaxft.CheckpointError, match=r"classifier\.weight is missing"):
+        jaxft.load(folder)
+    assert jaxft.load(folder, labels=LABELS)[0].classifier.kernel.get_metadata("new")
+
+
+def test_a_trained_head_that_is_discarded_is_said(folders, tmp_path, caplog):
+    folder = jaxft.save_model(jaxft.load(folders["bert"], labels=("a", "b"))[0], tmp_path)
+    for labels in (("a", "b"), (), None):
+        jaxft.load(folder, labels=labels)
+    assert not caplog.records
+    jaxft.load(folder, labels=("b", "a"))
+    assert "['a', 'b'] is discarded for a new one for ['b', 'a']" in caplog.text
+
+
+def test_heads_of_a_kind_that_is_not_read(folders, tmp_path):
+    """Labels that may hold together, and several numbers: by name; the body is read where no such head is wanted."""
+    folder = jaxft.save_model(jaxft.load(folders["bert"], labels=("a", "b"))[0], tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    for kind, match in (("multi_label_classification", "multi_label"), ("regression", "a regression of 2 outputs")):
+        (folder / "config.json").write_text(json.dumps({**raw, "problem_type": kind}))
+        for labels in (None, ("a", "b")):
+            if labels is None:
+                with pytest.raises(jaxft.CheckpointError, match=match):
+                    jaxft.load(folder)
+            else:
+                assert jaxft.load(folder, labels=labels)[0].classifier.kernel.get_metadata("new")
+        assert jaxft.load(folder, labels=())[0].config.labels == ()
+
+
+def test_random_with_a_head(folders, tmp_path):
+    """A shape with labels of one's own is a classifier from scratch."""
+    config = read_config(folders["bert"], labels=LABELS)
+    assert config.labels == LABELS and fresh_model(config)(**PADDED).shape == (2, 3)
+    assert read_shape(folders["bert"] / "config.json", labels=["a", "b"]).labels == ("a", "b")
+    with pytest.raises(jaxft.CheckpointError, match="'a' is there twice"):
+        read_shape(folders["bert"] / "config.json", labels=("a", "a"))
+    for labels in (3, "good", (1, 2)):
+        with pytest.raises(jaxft.CheckpointError, match="give the names of the classes"):
+            jaxft.load(folders["bert"], labels=labels)
+    raw = json.loads((folders["bert"] / "config.json").read_text())
+    for key, name in (("max_position_embeddings", "n_positions"), ("type_vocab_size", "type_vocab_size")):
+        (tmp_path / "config.json").write_text(json.dumps({**raw, key: "64"}))
+        with pytest.raises(jaxft.CheckpointError, match=f"{name} is '64'"):
+            read_config(tmp_path)
+
+
+def test_a_new_pooler_is_no_target(folders, tmp_path):
+    """It is copied whole, as the head is: no product is hung there too."""
+    plain, _ = jaxft.load(folders["bert"])
+    plain.pooler = None
+    model, _ = jaxft.load(jaxft.save_model(plain, tmp_path), labels=LABELS)
+    for targets in (("dense",), "all-linear"):
+        paths = jaxft.leaves(jaxft.attach(model, jaxft.LoRA(r=2, target_modules=targets)))
+        assert not any(path.startswith("bert.pooler.dense.delta") for path in paths)
+        assert "bert.pooler.dense.saved.default.kernel" in paths
+        assert "bert.encoder.layer.output.dense.delta.default.a" in paths
+
+
+def test_a_headless_adapter_below_a_new_head(folders, tmp_path):
+    """Going on with it would leave the random head as it is."""
+    plain = jaxft.attach(jaxft.load(folders["llama"], labels=())[0], jaxft.BitFit(create=True))
+    folder = jaxft.save_adapter(plain, tmp_path)
+    model = jaxft.load_adapter(jaxft.load(folders["llama"], labels=LABELS)[0], folder)
+    for method in (None, jaxft.LoRA(r=2), jaxft.adapters(model)["default"]):
+        match = "describe" if isinstance(method, jaxft.LoRA) else r"(?s)head is new.*attach a new adapter over.*score\.kernel"
+        with pytest.raises(jaxft.MethodError, match=match):
+            jaxft.TrainState.create(model, method, optax.sgd(0.1))
+    jaxft.TrainState.create(jaxft.attach(model, jaxft.LoRA(r=2), name="over"), None, optax.sgd(0.1), name="over")
+
+
+def test_a_head_that_weighs_nothing_is_not_merged(folders):
+    model, _ = jaxft.load(folders["bert"], labels=LABELS)
+    adapted = jaxft.set_adapter(jaxft.attach(model, jaxft.LoRA(r=2)), None)
+    adapted = jaxft.attach(adapted, jaxft.LoRA(r=2), name="b")
+    off, on = jaxft.merge(jaxft.set_adapter(adapted, None)), jaxft.merge(jaxft.set_adapter(adapted, "b"))
+    assert off.classifier.kernel.get_metadata("new") and not on.classifier.kernel.get_metadata("new")
