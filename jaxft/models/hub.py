@@ -142,9 +142,7 @@ def load_model(
     there = readable_classes(json.loads(config.raw))
     kept = labels is None or (there is not None and same_classes(there, config.labels))
     if there and config.labels and not kept:
-        log.warning(
-            "%s: its head for %s is discarded for a new one for %s", folder, list(there), list(config.labels)
-        )
+        log.warning("%s: its head for %s is discarded for a new one for %s", folder, list(there), list(config.labels))
     if abstract:
         model = abstract_model(config)
         mark_new(model, () if kept else tuple(path for path in model.heads if not path.startswith(f"{model.prefix}.")))

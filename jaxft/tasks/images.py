@@ -119,12 +119,11 @@ def make_view_loss(kind: str, processor: ImageProcessor, options: Augmentation, 
         key the views are always the same ones, so that evaluations can be compared.
     """
     compare = make_contrastive_loss(kind, **more)
-    mean, std = (np.array(x, np.float32).reshape(1, -1, 1, 1) for x in (processor.mean, processor.std))
 
     def loss(model: Any, batch: Any, *, key: jax.Array | None) -> Any:
         draw = jax.random.key(0) if key is None else jax.random.fold_in(key, VIEWS)
-        views = two_views(draw, batch["pixel_values"] * std + mean, options)
-        pixels = {f"view{n}_pixel_values": processor.normalise(view) for n, view in enumerate(views, 1)}
+        views = two_views(draw, processor.unit(batch["pixel_values"]), options)
+        pixels = {f"view{n}_pixel_values": processor.prepare(view) for n, view in enumerate(views, 1)}
         labels = {"labels": batch["labels"]} if kind == "supervised_contrastive" else {}
         return compare(model, {**pixels, **labels}, key=key)
 

@@ -371,7 +371,11 @@ def test_a_headless_adapter_below_a_new_head(folders, tmp_path):
     folder = jaxft.save_adapter(plain, tmp_path)
     model = jaxft.load_adapter(jaxft.load(folders["llama"], labels=LABELS)[0], folder)
     for method in (None, jaxft.LoRA(r=2), jaxft.adapters(model)["default"]):
-        match = "describe" if isinstance(method, jaxft.LoRA) else r"(?s)head is new.*attach a new adapter over.*score\.kernel"
+        match = (
+            "describe"
+            if isinstance(method, jaxft.LoRA)
+            else r"(?s)head is new.*attach a new adapter over.*score\.kernel"
+        )
         with pytest.raises(jaxft.MethodError, match=match):
             jaxft.TrainState.create(model, method, optax.sgd(0.1))
     jaxft.TrainState.create(jaxft.attach(model, jaxft.LoRA(r=2), name="over"), None, optax.sgd(0.1), name="over")
