@@ -65,8 +65,6 @@ class ImageProcessor:
         """Map images `[B, C, H, W]` with values from 0 to 1, numpy's or JAX's, to `pixel_values`: `unit` undone."""
         return self._normalise(images * (255 * self.rescale_factor))
 
-    normalise = prepare
-
     def _normalise(self, images: Any) -> Any:
         mean, std = self._each_channel
         return (images - mean) / std
