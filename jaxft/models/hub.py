@@ -214,7 +214,9 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True, asked: bool = F
     on_disk = disk_names(model, tensors)
     leave_out(model, on_disk)
     own = getattr(model, "lm_head", None)
-    if headless(model, tensors) and "lm_head.weight" not in on_disk and own is not None and own.kernel is not None:
+    others = () if keep_head or model.config.labels else CLASSIFIERS[model.model_type].heads  # a head not wanted
+    bare = bool(others) or headless(model, tensors)
+    if bare and "lm_head.weight" not in on_disk and own is not None and own.kernel is not None:
         setattr(model, "lm_head", nnx.data(None))  # noqa: B010 - not every model has the attribute
     everything = {
         f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable)
@@ -229,7 +231,6 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True, asked: bool = F
         if asked and (path not in there or not (keep_head or path.startswith(f"{model.prefix}.")))
     )
     begin_heads(model, new)
-    others = () if keep_head or model.config.labels else CLASSIFIERS[model.model_type].heads  # a head not wanted
     dropped = tuple(f"{path}." for path in (*new, *others))
     on_disk = {name: disk for name, disk in on_disk.items() if not name.startswith(dropped)}
     wanted = {name: spot for name, spot in everything.items() if not name.startswith(dropped)}
