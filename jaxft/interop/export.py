@@ -122,7 +122,7 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 def _config(model: Model) -> dict[str, Any]:
     raw = json.loads(model.config.raw)
-    for old in ("torch_dtype", "dtype", "_name_or_path", HEAD_POOLING):
+    for old in ("torch_dtype", "dtype", "_name_or_path", "num_labels", *class_keys(("x",)), HEAD_POOLING):
         raw.pop(old, None)
     ours = model.head_pooling is not None  # transformers has no such heads, and refuses a model_type that it has not
     return {
