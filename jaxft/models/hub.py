@@ -25,7 +25,7 @@ from .names import LEAF_NAMES, Named, parameters, renamed
 from .placement import place
 from .seams import number
 from .sentence_folder import read_sentence_folder
-from .tensors import Tensors, read_json
+from .tensors import CONVERT, Tensors, read_json
 
 log = logging.getLogger("jaxft")
 
@@ -142,14 +142,13 @@ def load_model(
     there = readable_classes(json.loads(config.raw))
     kept = labels is None or (there is not None and same_classes(there, config.labels))
     if there and config.labels and not kept:
-        log.warning(
-            "%s: its head for %s is discarded for a new one for %s", folder, list(there), list(config.labels)
-        )
+        log.warning("%s: its head for %s is discarded for a new one for %s", folder, list(there), list(config.labels))
     if abstract:
         model = abstract_model(config)
         mark_new(model, () if kept else tuple(path for path in model.heads if not path.startswith(f"{model.prefix}.")))
         return model
-    with Tensors(at) as tensors:
+    cls = (json.loads(config.raw).get("architectures") or ["AutoModel"])[0]  # which keeps the checkpoint's own head
+    with Tensors(at, convert=CONVERT.replace("AutoModel", str(cls))) as tensors:
         model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
         fill(model, tensors, keep_head=kept, asked=labels is not None)
     return model
@@ -294,7 +293,10 @@ def headless(model: Model, tensors: Tensors) -> bool:
 
 
 def begin_heads(model: Model, paths: Sequence[str]) -> None:
-    """Give new heads of an abstract model their first values: kernels from N(0, 0.02^2), biases zero."""
+    """Give new heads of an abstract model their first values: kernels from N(0, 0.02^2), biases zero.
+
+    The seed is fixed by a module's path: a head begins alike whatever the run's seed.
+    """
     mark_new(model, paths)
     for named, leaf, variable in parameters(model):
         if variable.get_metadata("new", False):
