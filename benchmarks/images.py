@@ -83,13 +83,14 @@ schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, max(steps // 10, 1), st
 tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.05))
 state = jaxft.TrainState.create(model, jaxft.Full(), tx, seed=seed)
 step = jaxft.make_train_step(contrast)
-views = jax.jit(lambda key, x: [processor.normalise(view) for view in two_views(key, x, Augmentation(crop=crop))])
+options = Augmentation(crop=crop)
+views = jax.jit(lambda key, x: [processor.prepare(view) for view in two_views(key, processor.unit(x), options)])
 order = np.concatenate(
     [np.random.default_rng([seed, n]).permutation(len(train)) for n in range(steps * rows // len(train) + 1)]
 )
 began, key = time.time(), jax.random.key(seed)
 for n in range(steps):
-    one, two = views(jax.random.fold_in(key, n), train.unit(order[n * rows : (n + 1) * rows]))
+    one, two = views(jax.random.fold_in(key, n), train.batch(order[n * rows : (n + 1) * rows])["pixel_values"])
     state, metrics = step(state, {"view1_pixel_values": one, "view2_pixel_values": two})
     if n % 50 == 0 or n == steps - 1:
         print(f"step {n}: loss {float(metrics['loss']):.3f}, {time.time() - began:.0f} s", flush=True)

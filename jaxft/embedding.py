@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .data.batches import NARROWEST_TEXT
-from .data.columns import pad
+from .data.columns import check_room, pad, text_width
 from .data.formats import text_of
 from .data.images import ImageDataset
 from .errors import DataError, refuse
@@ -41,7 +40,7 @@ def embed(
         `[N, D]` float32.
 
     Raises:
-        DataError: Texts that are empty or none, each with its number.
+        DataError: Texts that are empty or none, each with its number; or a `max_length` without room for a text.
 
     >>> import jaxft
     >>> model, tokenizer = jaxft.testing.tiny_llama(), jaxft.testing.ToyTokenizer()
@@ -50,6 +49,7 @@ def embed(
     """
     check_texts(texts)
     length = longest(model) if max_length is None else max_length
+    check_room(tokenizer, length)
     found = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]  # at once: in parallel, and quick
     return scaled(embed_rows(model, [{"input_ids": ids} for ids in found], batch_size), model, normalize)
 
@@ -73,15 +73,13 @@ def embed_rows(model: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = 
 def shape_of(length: int, batch_size: int, left: int) -> tuple[int, int]:
     """Return width and rows of a batch whose longest text has `length` tokens.
 
-    Four widths from a power of two to the next (a step has two, since each is compiled, and longer). As many tokens as
-    `batch_size` rows of 64: with more, a CPU waits for the memory of attention; but not over twice `batch_size` rows,
-    since those of like length are few, and never twice as many as are left.
+    As many tokens as `batch_size` rows of 64: with more, a CPU waits for the memory of attention; but not over twice
+    `batch_size` rows, since those of like length are few, and never twice as many as are left.
 
     >>> shape_of(14, 32, 1000), shape_of(14, 32, 5), shape_of(250, 32, 1000)
     ((16, 64), (16, 8), (256, 8))
     """
-    step = max(4, (1 << (length - 1).bit_length()) // 8)
-    width = max(NARROWEST_TEXT, -(-length // step) * step)
+    width = text_width(length)
     rows = min(max(1, batch_size * 64 // width), 2 * batch_size)
     return width, min(rows, 1 << (left - 1).bit_length())
 

@@ -120,9 +120,11 @@ def labels_of(run: RunFolder) -> tuple[str, ...]:
 
 
 def as_pooled(model: Any, run: RunFolder) -> Any:
-    """Return a model that pools as a run's config says, where it says so."""
+    """Return a model that pools as a run's config says; where that is silent a classifier's, as its head reads."""
     pooling = run.config().model.pooling
-    return model if pooling is None else with_pooling(model, pooling)
+    if pooling is not None:
+        return with_pooling(model, pooling)
+    return with_config(model, pooling=model.reads) if model.config.labels and not model.config.head_pooling else model
 
 
 def with_pooling(model: Any, pooling: str) -> Any:

@@ -185,6 +185,9 @@ def test_the_pictures_show_every_run(place, run, here):
     figure = draw_methods(report(place))
     left, middle, right = figure.axes
     assert [line.get_label() for line in left.lines] == ["full", "lora", "both"]
+    assert left.get_ylabel() == "held-out loss (nats per token)"
+    rows = draw_methods({**report(place), "unit": "mean over rows"}).axes[0]
+    assert rows.get_ylabel() == "held-out loss (mean over rows)"
     assert len(middle.lines) == 4 and len(right.lines) == 3
     assert {text.get_text() for text in right.texts} == {"full", "lora", "both"}
 

@@ -22,7 +22,7 @@ def draw_methods(found: Mapping[str, Any], title: str = "") -> Any:
         steps, losses = _curve(run)
         left.plot(steps, losses, **look)
         middle.plot([step * run["step_seconds"] for step in steps], losses, **look)
-    left.set(xlabel="step", ylabel="held-out loss (nats per token)", title="The same steps")
+    left.set(xlabel="step", ylabel=f"held-out loss ({found['unit']})", title="The same steps")
     middle.set(xlabel="seconds of training", title="The same time")
     if found["target_loss"] is not None:
         middle.axhline(found["target_loss"], color="gray", linewidth=0.8, linestyle=":")
@@ -51,7 +51,7 @@ def draw_sweep(found: Mapping[str, Any], title: str = "") -> Any:
     if not numbers or len(values) < 10:
         left.set_xticks(values if numbers else range(len(values)), [f"{v}" for v in values])
         left.minorticks_off()
-    left.set(xlabel=found["key"], ylabel="held-out loss (nats per token)", title="At the end")
+    left.set(xlabel=found["key"], ylabel=f"held-out loss ({found['unit']})", title="At the end")
     if len(methods) > 1:
         left.legend(frameon=False, fontsize="small")
     shades = dict(zip(values, _colors(len(values), "viridis"), strict=True))

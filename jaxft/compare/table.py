@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import RunError
 from ..run import SUMMARY, RunFolder
+from ..tasks.registry import task_of
 from .contestants import Contestant
 
 KIB = 1024
@@ -26,7 +27,7 @@ def measure(
             every run has reached.
 
     Returns:
-        `key`, `target_loss`, `devices`, and `runs`, each with
+        `key`, `unit` (what the loss is in), `target_loss`, `devices`, and `runs`, each with
 
         - `name`, `method`, `value`, `error` (then nothing else);
         - `before`: the held-out loss before training, of the model with its adapter;
@@ -53,6 +54,7 @@ def measure(
         run["seconds_to_target"] = None if steps is None else steps * run["step_seconds"]
     return {
         "key": key,
+        "unit": task_of(made[0].config).unit,
         "target_loss": target,
         "devices": sorted({run["device"] for run in good}),
         "runs": runs,

@@ -1,7 +1,7 @@
 """Augmentations of pictures in JAX: pure functions of a key and images `[B, C, H, W]` with values from 0 to 1.
 
 Each image draws from a key of its own, folded from its place in the batch, so what happens to it does not depend on the
-others. Strengths at zero leave the images as they are. Normalise (`ImageProcessor.normalise`) afterwards.
+others. Strengths at zero leave the images as they are. `ImageProcessor.unit` goes before, `prepare` comes after.
 """
 
 import dataclasses

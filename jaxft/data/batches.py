@@ -11,17 +11,16 @@ from .tokens import IGNORED, Example
 
 Batch = dict[str, np.ndarray[Any, Any]]
 NARROWEST = 32
-NARROWEST_TEXT = 8  # of what encoders read: texts are short, and there is no loss over every token to hide the padding
 WINDOW = 16  # batches whose rows are sorted by length together
 
 
-def width_of(length: int, narrowest: int = NARROWEST) -> int:
+def width_of(length: int) -> int:
     """Return the width that a row is padded to: 32, 48, 64, 96, 128, 192, ..., so that few programs are compiled.
 
     >>> [width_of(n) for n in (1, 33, 64, 65, 200)]
     [32, 48, 64, 96, 256]
     """
-    width = narrowest
+    width = NARROWEST
     while width < length:  # powers of two, and half-way between them
         width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
     return width
@@ -185,14 +184,16 @@ class GroupedBatches(TrainBatches):
         return self.datasets[at[0]].examples[at[1]]
 
 
-def eval_batches(examples: Sequence[Any], batch_size: int, collate: Callable[..., Batch] = collate) -> Iterator[Batch]:
-    """Yield every example once, rows of like length together; the last batch is filled up with padding.
+def eval_batches(
+    examples: Sequence[Any], batch_size: int, collate: Callable[..., Batch] = collate, *, by_length: bool = True
+) -> Iterator[Batch]:
+    """Yield every example once, rows of like length together or as they come; the last batch is filled up.
 
     >>> from jaxft.data.tokens import example
     >>> rows = [example([i] * 3, [True] * 3) for i in range(3)]
     >>> [int((batch["attention_mask"].sum(1) > 0).sum()) for batch in eval_batches(rows, 2)]
     [2, 1]
     """
-    order = sorted(examples, key=len)
+    order = sorted(examples, key=len) if by_length else examples
     for start in range(0, len(order), batch_size):
         yield collate(order[start : start + batch_size], rows=batch_size)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from .batches import NARROWEST_TEXT, Batch, width_of
+from .batches import Batch
 from .formats import text_of
 from .labels import as_label, class_id, number_of
 from .rows import BadRow, Row, read_rows
 from .source import Dataset, check_columns, renamed, sorted_out, stem
 from .tokens import IGNORED
 
-TEXTS = {  # format -> its columns of text; a row may lack those in parentheses
+TEXTS = {  # format -> its columns of text; a row may lack `text_pair`
     "pairs": ("anchor", "positive"),
     "triplets": ("anchor", "positive", "negative"),
     "scored_pairs": ("sentence1", "sentence2"),
@@ -64,27 +64,28 @@ class Reading:
         max_length: Tokens of a text at most, special ones included; what is more is cut off.
         labels: Names of the classes; None: labels are numbers (regression).
         score_range: Lowest and highest score; in the batch it runs from 0 to 1.
-        known: Numbers of texts, shared by all sources whose rows may meet in a batch.
+        known: Numbers of texts by their tokens, shared by all sources whose rows may meet in a batch: texts that
+            are the same once they are cut or in lower case share one.
     """
 
     format: str
     max_length: int
     labels: Sequence[str] | None = None
     score_range: tuple[float, float] = (0.0, 1.0)
-    known: dict[str, int] = dataclasses.field(default_factory=dict)
+    known: dict[bytes, int] = dataclasses.field(default_factory=dict)
 
     def read(self, tokenizer: Any, fields: Mapping[str, Any]) -> Texts:
         """Return the row of some fields.
 
         Raises:
-            DataError: A text that is missing or empty, an unknown label, a score outside its range.
+            DataError: A text that is missing, empty, or without room; an unknown label, a score outside its range.
         """
         texts = dict(self._texts(fields))
         second = texts.pop("text_pair", None)
         made = {name: tokens_of(tokenizer, text, second, self.max_length) for name, text in texts.items()}
         return Texts(
             {name: tokens for name, (tokens, _) in made.items()},
-            {name: self.known.setdefault(text, len(self.known)) for name, text in texts.items()},
+            {name: self.known.setdefault(t["input_ids"].tobytes(), len(self.known)) for name, (t, _) in made.items()},
             self._value(fields),
             next(iter(texts.values())) + ("" if second is None else f" | {second}"),
             any(cut for _, cut in made.values()),
@@ -115,14 +116,26 @@ class Reading:
 
 
 def tokens_of(tokenizer: Any, text: str, second: str | None, max_length: int) -> tuple[Tokens, bool]:
-    """Return the tokens of a text, or of two as the tokenizer joins them, and whether they had to be cut."""
+    """Return the tokens of a text, or of two as the tokenizer joins them, and whether they had to be cut.
+
+    Raises:
+        DataError: `max_length` leaves no room beside special tokens.
+    """
     given = (text,) if second is None else (text, second)
     found = tokenizer(*given)
     cut = len(found["input_ids"]) > max_length
     if cut:
+        check_room(tokenizer, max_length, len(given))
         found = tokenizer(*given, truncation=True, max_length=max_length)
     names = ["input_ids", *(["token_type_ids"] if second is not None and "token_type_ids" in found else [])]
     return {name: np.array(found[name], np.int32) for name in names}, cut
+
+
+def check_room(tokenizer: Any, max_length: int, texts: int = 1) -> None:
+    """Refuse a length that special tokens fill: all texts would be one, or none be cut, as tokenizers have it."""
+    special = len(tokenizer(*[""] * texts)["input_ids"])
+    if max_length <= special:
+        raise DataError(f"max_length {max_length}: {special} special tokens leave no room for text; allow more tokens")
 
 
 def load_columns(
@@ -208,9 +221,15 @@ def collate_texts(examples: Sequence[Texts], *, rows: int | None = None, limit: 
     """
     rows = rows or len(examples)
     batch: Batch = {}
-    for column in examples[0].tokens:
+    widths = {
+        column: text_width(max(len(row.tokens[column]["input_ids"]) for row in examples))
+        for column in examples[0].tokens
+    }
+    widest = max(widths.values())
+    for column, width in widths.items():
         prefix = "" if column == "text" else f"{column}_"
-        texts = pad([row.tokens[column] for row in examples], rows, limit)
+        # columns of like widths share one: each pair of widths would be a program to compile
+        texts = pad([row.tokens[column] for row in examples], rows, limit, widest if 2 * width > widest else width)
         batch |= {f"{prefix}{name}": x for name, x in texts.items()}
         if prefix:
             same = [row.same[column] for row in examples]
@@ -223,17 +242,29 @@ def collate_texts(examples: Sequence[Texts], *, rows: int | None = None, limit: 
     return batch
 
 
+def text_width(length: int) -> int:
+    """Return the width that a text is padded to: 8, 12, 16, 20, ..., four from a power of two to the next above 16.
+
+    An encoder spends all of its time on the tokens, so finer widths are worth a program more.
+
+    >>> [text_width(n) for n in (1, 9, 17, 33, 100)]
+    [8, 12, 20, 40, 112]
+    """
+    step = max(4, (1 << (length - 1).bit_length()) // 8)
+    return max(8, -(-length // step) * step)
+
+
 def pad(tokens: Sequence[Mapping[str, Any]], rows: int, limit: int | None = None, width: int | None = None) -> Batch:
-    """Pad texts to one width, 8, 12, 16, 24, ... tokens, or that which is given, and to `limit` at most where they are
+    """Pad texts to one width, 8, 12, 16, 20, ... tokens, or that which is given, and to `limit` at most where they are
     no longer themselves.
 
     >>> pad([{"input_ids": np.array([5, 6])}], 1)["attention_mask"].tolist()
     [[1, 1, 0, 0, 0, 0, 0, 0]]
     """
     longest = max(len(t["input_ids"]) for t in tokens)
-    width = width_of(longest, NARROWEST_TEXT) if width is None else width
+    width = text_width(longest) if width is None else width
     width = width if limit is None else max(longest, min(width, limit))
-    names = ["input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in tokens[0] else [])]
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if any("token_type_ids" in t for t in tokens) else [])]
     batch = {name: np.zeros((rows, width), np.int32) for name in names}
     for i, text in enumerate(tokens):
         length = len(text["input_ids"])

@@ -82,6 +82,8 @@ def npz_pictures(file: Path, split: str) -> tuple[list[Picture | BadRow], tuple[
     labels = _one_of(arrays, LABELS, split, beside=images)
     classes = next((arrays[key] for key in CLASSES if key in arrays), None)
     rows, given = arrays[images], None if labels is None else _flat(arrays[labels])
+    if classes is not None and classes.ndim != 1:
+        raise DataError(f"{file}: its names of classes have the shape {classes.shape}; [number of classes] is expected")
     if rows.ndim not in (3, 4):
         raise DataError(f"{file}: {images} has the shape {rows.shape}; [N, H, W] or [N, H, W, C] is expected")
     if given is not None and given.shape != (len(rows),):
@@ -96,10 +98,13 @@ def _arrays(file: Path) -> dict[str, Array]:
     if not file.is_file():
         raise DataError(f"{file}: no such file (paths are relative to the working directory)")
     try:
-        with np.load(file) as content:
-            return {key: content[key] for key in content.files}
+        content = np.load(file)
+        if not isinstance(content, np.ndarray):
+            with content:
+                return {key: content[key] for key in content.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{file}: an npz file that cannot be read ({error})") from None
+    raise DataError(f"{file}: one array, as of np.save; write it with np.savez, under a name such as {IMAGES[0]}")
 
 
 def _one_of(arrays: Mapping[str, Any], names: Sequence[str], split: str, beside: str | None = None) -> str | None:

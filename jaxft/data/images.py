@@ -50,10 +50,6 @@ class ImageDataset:
         batch = {"pixel_values": self.processor(self.images[rows])}
         return batch if self.labels is None else {**batch, "labels": self.labels[rows]}
 
-    def unit(self, rows: Sequence[int] | slice) -> Array:
-        """Return some rows as `[B, C, H, W]` float32 from 0 to 1, what augmentations take; then `normalise` them."""
-        return np.asarray(self.images[rows].transpose(0, 3, 1, 2) / np.float32(255))
-
 
 def load_images(
     path: str | Path,
@@ -62,6 +58,7 @@ def load_images(
     split: str = "train",
     columns: Mapping[str, str] | None = None,
     classes: Sequence[str] | None = None,
+    labels: bool = True,
     skip_bad_rows: bool = False,
     name: str | None = None,
     weight: float = 1.0,
@@ -84,6 +81,7 @@ def load_images(
         columns: `{"image": name in the file, "label": ...}`, for tables that call them otherwise.
         classes: Names of the classes in the order of their ids (those of the training set, say); a label that is none
             of them is a bad row. None: those that occur, sorted; numbers are ids as they are.
+        labels: Whether labels are read; if not, no label makes a row a bad one.
         skip_bad_rows: Leave bad rows out and list them, instead of stopping.
         name: What it is called in figures; by default the file's stem.
         weight: Its share of a mixture.
@@ -105,7 +103,7 @@ def load_images(
     file = Path(path)
     pictures, known = _pictures(file, split, columns or {})
     classes = tuple(classes) if classes is not None else known
-    made = [_read(picture, processor) for picture in pictures]
+    made = [_read(picture if labels else _bare(picture), processor) for picture in pictures]
     if any(isinstance(one, _Read) and one.label is not None for one in made):
         names = classes or classes_of([one.label for one in made if isinstance(one, _Read) and one.label is not None])
         made = [_with_id(one, names) for one in made]
@@ -149,6 +147,11 @@ def _pictures(
     file: Path, split: str, columns: Mapping[str, str]
 ) -> tuple[Sequence[Picture | BadRow], tuple[str, ...] | None]:
     """Return the pictures of a source, and the names of its classes where it says them."""
+    if columns and (file.is_dir() or file.suffix == ".npz" or is_idx(file)):
+        named = ", ".join(columns.values())
+        raise DataError(
+            f"{file}: it is no table, so it has no column to name (--column {named}, or a config's columns)"
+        )
     if file.is_dir():
         return folder_pictures(file)
     if file.suffix == ".npz":
@@ -158,6 +161,10 @@ def _pictures(
     if file.suffix.lower() in SUFFIXES:
         raise DataError(f"{file}: this is one picture; give the folder that it lies in, or a table with its path")
     return table_pictures(file, split, columns), None
+
+
+def _bare(picture: Picture | BadRow) -> Picture | BadRow:
+    return picture if isinstance(picture, BadRow) else dataclasses.replace(picture, label=None)
 
 
 def _read(picture: Picture | BadRow, processor: ImageProcessor) -> _Read | BadRow:

@@ -56,13 +56,24 @@ class ImageProcessor:
         """Map grey levels `[B, H, W, C]` uint8, of the model's size, to `pixel_values` `[B, C, H, W]` float32."""
         return np.asarray(self._normalise(images.transpose(0, 3, 1, 2).astype(np.float32) * self.rescale_factor))
 
-    def normalise(self, images: Any) -> Any:
-        """Map images `[B, C, H, W]` with values from 0 to 1, numpy's or JAX's, to `pixel_values`."""
+    def unit(self, pixel_values: Any) -> Any:
+        """Map `pixel_values`, numpy's or JAX's, back to images `[B, C, H, W]` with values from 0 to 1."""
+        mean, std = self._each_channel
+        return (pixel_values * std + mean) / (255 * self.rescale_factor)
+
+    def prepare(self, images: Any) -> Any:
+        """Map images `[B, C, H, W]` with values from 0 to 1, numpy's or JAX's, to `pixel_values`: `unit` undone."""
         return self._normalise(images * (255 * self.rescale_factor))
 
+    normalise = prepare
+
     def _normalise(self, images: Any) -> Any:
-        mean, std = (np.asarray(x, np.float32).reshape(1, -1, 1, 1) for x in (self.mean, self.std))
+        mean, std = self._each_channel
         return (images - mean) / std
+
+    @property
+    def _each_channel(self) -> tuple[Array, ...]:
+        return tuple(np.asarray(x, np.float32).reshape(1, -1, 1, 1) for x in (self.mean, self.std))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `preprocessor_config.json`, under the name that tokenizers have for it: `save_model` takes either."""

@@ -46,11 +46,6 @@ class RegionDataset:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, rows: Sequence[int] | slice) -> dict[str, Array]:
-        """Return some rows as `pixel_values`, `boxes`, `box_mask` and `labels`."""
-        parts = {"boxes": self.boxes[rows], "box_mask": self.mask[rows], "labels": self.labels[rows]}
-        return {"pixel_values": self.processor(self.images[rows]), **parts}
-
 
 def load_regions(
     path: str | Path,

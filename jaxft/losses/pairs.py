@@ -15,7 +15,7 @@ from . import graded
 from .cached import embed_in_chunks
 from .contrastive import by_class, picked
 from .entropy import IGNORED
-from .masks import different_label_mask, different_text_mask
+from .masks import different_label_mask, different_text_mask, same_text_groups
 from .vectors import check_options
 
 Result = tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]
@@ -30,7 +30,8 @@ def make_contrastive_loss(kind: str, *, chunk: int | None = None, **options: Any
     - `"info_nce"` (temperature=0.05, symmetric=False): `anchor`, `positive`, and as hard negatives, where they are,
       `negative`, `negative_2`, ...; or `view1` and `view2`. With `anchor_ids` and `positive_ids` (`negative_ids`, ...),
       equal where texts are, equal texts are no negatives; with `labels`, nor are positives of an anchor's class.
-    - `"nt_xent"` (temperature=0.5): `view1` and `view2`, or `anchor` and `positive`.
+    - `"nt_xent"` (temperature=0.5): `view1` and `view2`, or `anchor` and `positive`. With `anchor_ids` and
+      `positive_ids` rows that have a text in common are one class.
     - `"supervised_contrastive"` (temperature=0.07): `labels`, and the inputs as they are, or `view1` and `view2`.
     - `"triplet"` (margin=5.0, distance="euclidean"): as `info_nce` with at least one negative.
     - `"pairwise_contrastive"` (margin=0.5), `"cosent"` (temperature=0.05), `"cosine_regression"`: `sentence1`,
@@ -181,7 +182,7 @@ def _info_nce(columns: Columns, temperature: Any, symmetric: bool) -> Result:
 
 
 def _true_negatives(columns: Columns, real: jax.Array, negatives: tuple[str, ...]) -> jax.Array:
-    """Return `[B, N]` bool: which documents are there, and are neither a query's own text nor of its class."""
+    """Return `[B, N]` bool: which documents are there, and are not a query's text, its answer, or of its class."""
     batch = columns.batch
     mask = real[:, None] & jnp.concatenate([real, *(columns.real(column) for column in negatives)])[None]
     ids = [f"{column}_ids" for column in ("positive", *negatives)]
@@ -197,7 +198,10 @@ def _true_negatives(columns: Columns, real: jax.Array, negatives: tuple[str, ...
 def _nt_xent(columns: Columns, temperature: Any) -> Result:
     views = columns.choose(("view1", "view2"), ("anchor", "positive"))
     real = columns.real(*views)
-    rows = jnp.where(real, jnp.arange(len(real)), IGNORED)
+    rows, ids = jnp.arange(len(real)), [f"{view}_ids" for view in views]
+    if all(name in columns.batch for name in ids):
+        rows = same_text_groups(*map(columns.array, ids))
+    rows = jnp.where(real, rows, IGNORED)
     return _classes(columns, views, jnp.concatenate([rows, rows]), temperature)
 
 

@@ -1,7 +1,8 @@
 """Contrastive tuning: positives together, negatives apart, of pairs, triplets, labelled and scored texts."""
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -211,8 +212,9 @@ class TextContrast(OfTexts, ContrastiveTask):
         and negatives. Scored pairs: Pearson and Spearman of cosine and score. Classes: accuracy by the nearest training
         rows, and of a linear probe that is fitted to these.
         """
-        options: dict[str, Any] = {"batch_size": batch_size, "collate": self.collate()}
-        figures = evaluate_loss(model, self.loss, data.held_out, **options)
+        options: dict[str, Any] = {"batch_size": batch_size, "collate": self.collate(), "by_length": False}
+        mixed = [dataclasses.replace(part, examples=mix(part.examples)) for part in data.held_out]
+        figures = evaluate_loss(model, self.loss, mixed, **options)
         rows = [row for part in data.held_out for row in part.examples]
 
         def vectors(rows: list[Any], column: str) -> Any:
@@ -243,6 +245,19 @@ def by_class(known: Any, there: list[int], vectors: Any, labels: list[int]) -> d
     """Return accuracy by the nearest of known vectors, and of a linear probe that is fitted to them."""
     nearest = knn_accuracy(known, there, vectors, labels, k=min(NEIGHBOURS, len(known)))
     return {"knn_accuracy": nearest, "probe_accuracy": linear_probe(known, there, vectors, labels)}
+
+
+def mix(rows: Sequence[Any]) -> list[Any]:
+    """Return rows in a fixed random order, so that the negatives of a batch are any; of classes two and two of one."""
+    draw = np.random.default_rng(0)
+    shuffled = [rows[i] for i in draw.permutation(len(rows))]
+    if not isinstance(rows[0].value, int):
+        return shuffled
+    groups: dict[int, list[Any]] = {}
+    for row in shuffled:
+        groups.setdefault(row.value, []).append(row)
+    pairs = [group[i : i + 2] for group in groups.values() for i in range(0, len(group), 2)]
+    return [row for i in draw.permutation(len(pairs)) for row in pairs[i]]
 
 
 def references(rows: list[Any]) -> list[Any]:

@@ -38,10 +38,10 @@ def embed_file(
         file: Rows with `text`, as of `read_rows`; for a model of images a source of `load_images`.
         output: `.npy`: `[N, D]` float32; `.parquet`: the columns `place` (file and line), of texts `text`, `vector`.
         adapter: A folder with an adapter to load over it, peft's or ours.
-        column: What the column is called in the file, if not `text` or `image`.
+        column: What the column is called in a table, if not `text` or `image`.
         split: The split, of a hub data set or npz file.
         batch_size: Rows at a time.
-        max_length: Tokens of a text at most; by default those of `embed`.
+        max_length: Tokens of a text at most; by default those of `embed`. Images have none.
         normalize: As of `embed`.
 
     Returns:
@@ -62,8 +62,10 @@ def embed_file(
         model = load_adapter(model, adapter, name="given")
         model = set_adapter(model, dict.fromkeys(adapters(model), 1.0))
     if "pixel_values" in model.inputs:
+        if max_length is not None:
+            raise DataError(f"--max-length {max_length}: the model reads images, which have no tokens; leave it out")
         given = {} if column is None else {"image": column}
-        images = load_images(file, tokenizer, split=split, columns=given)  # labels, if there are any, count nothing
+        images = load_images(file, tokenizer, split=split, columns=given, labels=False)
         columns = {"place": list(images.places)}
         vectors = scaled(embed_images(model, images, batch_size), model, normalize)
     else:

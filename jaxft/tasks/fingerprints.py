@@ -11,6 +11,8 @@ from ..data import Dataset
 from ..errors import RunError, refuse
 from ..methods.partition import leaves
 from ..models.hub import NEEDED, resolve
+from ..models.sentence_folder import MODULES
+from ..models.tensors import read_json
 from ..run import RunFolder
 from ..train.state import TrainState
 from .task import Data
@@ -30,7 +32,7 @@ def fingerprints(config: Config, data: Data, state: TrainState) -> Fingerprints:
     model = {**leaves(state.frozen), **leaves(state.trainable)}
     return {
         "rows": {f"{kind}: {source.name}": {"rows": len(source), "sha256": _rows(source)} for kind, source in sources},
-        "files": {f"{origin}: {file.name}": file_digest(file) for origin, file in _files(config.model.source)},
+        "files": {name: file_digest(file) for name, file in _files(config.model.source)},
         "leaves": {path: f"{getattr(x, 'dtype', type(x).__name__)} {tuple(x.shape)}" for path, x in model.items()},
     }
 
@@ -100,7 +102,10 @@ def file_digest(file: Path) -> str:
 
 
 def _files(path: str) -> Iterator[tuple[str, Path]]:
-    """Yield the files that make the model and tokenizer a config begins with, through the runs that it goes on from."""
+    """Yield what makes the model and tokenizer a config begins with, through the runs it goes on from: name and file.
+
+    Of a folder of sentence-transformers the folders of its modules count too.
+    """
     run = RunFolder(path)
     if not run.started:
         folder = resolve(path)
@@ -110,4 +115,7 @@ def _files(path: str) -> Iterator[tuple[str, Path]]:
         folder = run.adapter
         yield from _files(run.config().model.source)
     origin = str(folder) if run.started else path  # a snapshot of the hub lies elsewhere on every machine
-    yield from ((origin, file) for pattern in NEEDED for file in sorted(folder.glob(pattern)))
+    modules = read_json(folder / MODULES, list) if (folder / MODULES).is_file() else []
+    for place in sorted({folder, *(folder / module.get("path", "") for module in modules)}):
+        for file in (file for pattern in NEEDED for file in sorted(place.glob(pattern))):
+            yield f"{origin}: {file.relative_to(folder).as_posix()}", file

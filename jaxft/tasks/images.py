@@ -78,12 +78,9 @@ class ImageContrast(OfPictures, ContrastiveTask):
 
         The loss is that of whole batches, so that every image has as many negatives.
         """
-        whole = [
-            dataclasses.replace(d, examples=d.examples[: len(d) // batch_size * batch_size]) for d in data.held_out
-        ]
-        parts = [part if len(part) else d for part, d in zip(whole, data.held_out, strict=True)]
-        size = min(batch_size, *map(len, parts))
-        figures = evaluate_loss(model, self.loss, parts, batch_size=size, collate=self.collate())
+        size = min(batch_size, *map(len, data.held_out))
+        whole = [dataclasses.replace(d, examples=d.examples[: len(d) // size * size]) for d in data.held_out]
+        figures = evaluate_loss(model, self.loss, whole, batch_size=size, collate=self.collate(), by_length=False)
         rows = [row for part in data.held_out for row in part.examples]
 
         def vectors(rows: list[Any]) -> Any:
@@ -122,12 +119,11 @@ def make_view_loss(kind: str, processor: ImageProcessor, options: Augmentation, 
         key the views are always the same ones, so that evaluations can be compared.
     """
     compare = make_contrastive_loss(kind, **more)
-    mean, std = (np.array(x, np.float32).reshape(1, -1, 1, 1) for x in (processor.mean, processor.std))
 
     def loss(model: Any, batch: Any, *, key: jax.Array | None) -> Any:
         draw = jax.random.key(0) if key is None else jax.random.fold_in(key, VIEWS)
-        views = two_views(draw, batch["pixel_values"] * std + mean, options)
-        pixels = {f"view{n}_pixel_values": processor.normalise(view) for n, view in enumerate(views, 1)}
+        views = two_views(draw, processor.unit(batch["pixel_values"]), options)
+        pixels = {f"view{n}_pixel_values": processor.prepare(view) for n, view in enumerate(views, 1)}
         labels = {"labels": batch["labels"]} if kind == "supervised_contrastive" else {}
         return compare(model, {**pixels, **labels}, key=key)
 

@@ -14,7 +14,7 @@ from ..data.batches import Batch
 from ..data.tokens import IGNORED
 from ..errors import ConfigError
 from .start import base_folder, base_shape
-from .task import Data, Task
+from .task import Data, Task, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,10 @@ class OfPictures(Task):
 
         training, held_out = self.read_all(read, train=True)
         return Data(processor, training, held_out, tuple(found))
+
+    def some(self, rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
+        """Return so many of the held-out rows, at even distances."""
+        return spread(rows, limit)
 
     def collate(self) -> Any:
         """Return what makes a batch of rows."""

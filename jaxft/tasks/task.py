@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -149,7 +149,20 @@ class Task:
         held_out = tuple(map(attempt, config.data.eval or ()))
         refuse(DataError, "data that cannot be used", problems)
         limit = config.evaluation.rows
-        return training, tuple(dataclasses.replace(d, examples=d.examples[:limit]) for d in held_out)
+        return training, tuple(dataclasses.replace(d, examples=self.some(d.examples, limit)) for d in held_out)
+
+    def some(self, rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
+        """Return the held-out rows that are looked at: all, the first, or as a task says."""
+        return rows[:limit]
+
+
+def spread(rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
+    """Return so many rows at even distances, since they may be sorted by class.
+
+    >>> spread(range(10), 5)
+    [0, 2, 4, 6, 8]
+    """
+    return rows if limit is None or len(rows) <= limit else [rows[i * len(rows) // limit] for i in range(limit)]
 
 
 def steps_of(config: Config, sources: Iterable[Dataset]) -> int:

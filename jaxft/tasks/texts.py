@@ -6,15 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..config import Source
 from ..data import Dataset
-from ..data.batches import NARROWEST_TEXT, width_of
-from ..data.columns import Reading, collate_texts, label_values, load_columns
+from ..data.columns import Reading, collate_texts, label_values, load_columns, text_width
 from ..data.labels import as_label, classes_of
 from ..errors import BatchError, ConfigError, DataError, refuse
 from .start import base_shape, tokenizer_of
-from .task import Data, Task
+from .task import Data, Task, spread
 
 
 class OfTexts(Task):
@@ -35,7 +35,7 @@ class OfTexts(Task):
             train: Whether the training rows are wanted too.
             labels: Names of the classes; None: labels are numbers, or there are none.
         """
-        config, tokenizer, length, known = self.config, tokenizer_of(self.config), self.length(), dict[str, int]()
+        config, tokenizer, length, known = self.config, tokenizer_of(self.config), self.length(), dict[bytes, int]()
 
         def read(source: Source) -> Dataset:
             return load_columns(
@@ -52,13 +52,17 @@ class OfTexts(Task):
         training, held_out = self.read_all(read, train=train)
         return Data(tokenizer, training, held_out, tuple(labels or ()))
 
+    def some(self, rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
+        """Return so many of the held-out rows, at even distances."""
+        return spread(rows, limit)
+
     def collate(self) -> Any:
         """Return what makes a batch of rows."""
         return partial(collate_texts, limit=self.length())
 
     def widest(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the widest batch of one column, as shapes."""
-        ids = jax.ShapeDtypeStruct((self.config.train.batch_size, width_of(self.length(), NARROWEST_TEXT)), jnp.int32)
+        ids = jax.ShapeDtypeStruct((self.config.train.batch_size, text_width(self.length())), jnp.int32)
         return {"input_ids": ids, "attention_mask": ids}
 
     def check_fit(self, data: Data, model: Any) -> None:
@@ -67,13 +71,19 @@ class OfTexts(Task):
         Raises:
             BatchError: The tokenizer is not this model's, or its virtual tokens leave too few positions.
         """
-        positions, known = model.positions_left(), model.config.vocab_size
+        positions, known, ids = model.positions_left(), model.config.vocab_size, np.zeros(1, int)
         for row in (row for part in (*data.train, *data.held_out) for row in part.examples):
             top = max(int(tokens["input_ids"].max()) for tokens in row.tokens.values())
             if top >= known:
                 raise BatchError(
                     f"{row.place}: it has the token {top}, but the model knows {known}: the tokenizer is not this "
                     "model's"
+                )
+            kinds = max(int(tokens.get("token_type_ids", ids).max()) for tokens in row.tokens.values())
+            if kinds >= getattr(model.config, "type_vocab_size", kinds + 1):
+                raise BatchError(
+                    f"{row.place}: two texts, but the model knows {model.config.type_vocab_size} type of token: join "
+                    "them yourself, into one text"
                 )
             if positions is not None and len(row) > positions:
                 raise BatchError(

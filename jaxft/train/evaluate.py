@@ -20,6 +20,7 @@ def evaluate_loss(
     *,
     batch_size: int = 8,
     collate: Callable[..., Batch] = collate,
+    by_length: bool = True,
 ) -> dict[str, float]:
     """Return the loss per trained token over every row, dropout off, and the loss's further metrics likewise.
 
@@ -31,6 +32,7 @@ def evaluate_loss(
         datasets: The sources.
         batch_size: Rows at a time; it changes nothing but speed, and which rows are negatives of each other.
         collate: Makes a batch of rows.
+        by_length: Whether rows of like length come together; False: in their order, where that matters to the loss.
 
     Returns:
         `loss` and the metrics by name, and of each source, where there are several, `loss/NAME` and so on; without
@@ -49,7 +51,7 @@ def evaluate_loss(
     refuse(
         DataError, "sources of one name", [f"{n!r} stands twice" for n in dict.fromkeys(names) if names.count(n) > 1]
     )
-    each = {data.name: _sums(model, loss, data, batch_size, collate) for data in datasets}
+    each = {data.name: _sums(model, loss, data, batch_size, collate, by_length) for data in datasets}
     whole = jax.tree.map(lambda *sums: sum(sums), *each.values())
     pairs = {f"{figure}/{name}": pair for name, sums in each.items() for figure, pair in sums.items()}
     pairs = {**(pairs if len(datasets) > 1 else {}), **whole}
@@ -57,11 +59,11 @@ def evaluate_loss(
 
 
 def _sums(
-    model: Any, loss: Callable[..., Any], data: Dataset, batch_size: int, collate: Callable[..., Batch]
+    model: Any, loss: Callable[..., Any], data: Dataset, batch_size: int, collate: Callable[..., Batch], by_length: bool
 ) -> dict[str, tuple[float, float]]:
     """Return the pair (sum, weight) of each figure over the rows of one source."""
     sums: Any = None
-    for batch in eval_batches(data.examples, batch_size, collate):
+    for batch in eval_batches(data.examples, batch_size, collate, by_length=by_length):
         more = jax.tree.map(float, _compiled(loss)(model, batch))
         sums = more if sums is None else jax.tree.map(float.__add__, sums, more)
     if sums is None or not sums["loss"][1]:

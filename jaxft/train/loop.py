@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..errors import RunError
+from ..errors import RunError, refuse
 from .state import TrainState
 
 Hook = Callable[[TrainState], None]
@@ -43,7 +43,7 @@ def fit(
         The state at the end, or where `stop` said so.
 
     Raises:
-        RunError: Not one step since the last call had a finite loss, gradient and result.
+        RunError: Not one step since the last call trained something and had a finite loss, gradient and result.
 
     >>> import itertools, jaxft, optax
     >>> state = TrainState.create(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2), optax.sgd(0.1))
@@ -91,10 +91,7 @@ def _figures(n: int, window: list[Any], tokens: int, rows: int, seconds: float) 
     """Return the figures of some steps: sums over tokens divided once, never a mean of means."""
     good = [m for m in window if not m["skipped"]]
     if not good:
-        raise RunError(
-            f"steps {n - len(window) + 1} to {n}: loss, gradient or new parameters were not finite in any of them, so "
-            "none was taken. Lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows"
-        )
+        refuse(RunError, f"steps {n - len(window) + 1} to {n}: none of them could be taken", _why(window))
     weight = float(sum(m["trained_tokens"] for m in good))
     loss = float(sum(np.float64(m["loss"]) * m["trained_tokens"] for m in good)) / weight
     return {
@@ -106,3 +103,18 @@ def _figures(n: int, window: list[Any], tokens: int, rows: int, seconds: float) 
         "trained_tokens": weight,
         "skipped": float(len(window) - len(good)),
     }
+
+
+def _why(skipped: list[Any]) -> Iterator[str]:
+    """Say why steps were not taken, and what to do."""
+    empty = sum(m["trained_tokens"] == 0 for m in skipped)
+    if empty:
+        yield (
+            f"in {empty} no row of the batch had a positive, or a token or label that is trained (trained_tokens 0): "
+            "raise train.batch_size, or look at the rows"
+        )
+    if empty < len(skipped):
+        yield (
+            f"in {len(skipped) - empty} loss, gradient or new parameters were not finite: lower "
+            "optimizer.learning_rate, set optimizer.clip_norm, or look at the rows"
+        )

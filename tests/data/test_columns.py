@@ -5,11 +5,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from texts import make_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import jaxft
 from jaxft.data import Dataset, GroupedBatches, Reading, TrainBatches, load_columns
 from jaxft.data.columns import collate_texts, pad
-from jaxft.data.labels import class_id, classes_of
+from jaxft.data.labels import as_label, class_id, classes_of
 from jaxft.errors import DataError
 
 TOY = jaxft.testing.ToyTokenizer()
@@ -34,8 +36,8 @@ def test_pairs_and_triplets(tmp_path):
         for part in ("input_ids", "attention_mask", "ids")
     )
     assert batch["negative_input_ids"].shape == (2, 12)  # ten letters, on the ladder 8, 12, 16
-    assert batch["positive_input_ids"][0].tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
-    assert batch["positive_attention_mask"][0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert batch["positive_input_ids"][0].tolist() == [1, 2, 3, *[0] * 9]  # as wide: widths of a batch are few
+    assert batch["positive_attention_mask"][0].tolist() == [1, 1, 1, *[0] * 9]
     assert batch["anchor_ids"][0] == batch["positive_ids"][1]  # the same text
     assert len({*batch["anchor_ids"].tolist(), *batch["positive_ids"].tolist()}) == 3
     assert all(x.shape[0] == 2 and x.dtype == np.int32 for x in batch.values())
@@ -57,12 +59,42 @@ def test_labels_scores_and_second_texts(tmp_path):
     assert collate_texts(data.examples)["score"].tolist() == pytest.approx([0.8, 0.2])
 
 
+def test_a_second_text_in_some_rows(tmp_path):
+    """The type of a text that stands alone is 0, whether it comes first or not."""
+    rows = [{"text": "ab", "label": 0}, {"text": "a", "text_pair": "bc", "label": 1}]
+    for order, want in ((1, [[0, 0, 0], [0, 1, 1]]), (-1, [[0, 1, 1], [0, 0, 0]])):
+        data = load(tmp_path, rows[::order], "labelled", labels=("a", "b"))
+        assert collate_texts(data.examples)["token_type_ids"][:, :3].tolist() == want
+
+
 def test_known_texts_are_shared_by_sources(tmp_path):
     reading = Reading("pairs", 8)
     file = tmp_path / "a.csv"
     file.write_text("anchor,positive\nab,c\n")
     first, second = (load_columns(file, TOY, reading).examples[0] for _ in range(2))
     assert first.same == second.same
+
+
+def test_texts_that_are_the_same_tokens_are_the_same(tmp_path):
+    """Cut to its first letters one text is the other, in their vectors too."""
+    rows = [{"anchor": "abc", "positive": "x"}, {"anchor": "abd", "positive": "abe"}]
+    first, second = load(tmp_path, rows, "pairs", max_length=2).examples
+    assert first.same["anchor"] == second.same["anchor"] == second.same["positive"] != first.same["positive"]
+
+
+@pytest.mark.parametrize(("max_length", "pair"), [(1, None), (2, "end")])
+def test_a_length_without_room_for_special_tokens(tmp_path, max_length, pair):
+    """The tokenizer of such a BERT cuts nothing off then."""
+    file, tokenizer = tmp_path / "rows.jsonl", make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    file.write_text(json.dumps({"text": "the cat", "text_pair": pair, "label": 0}))
+    with pytest.raises(DataError, match=f"rows.jsonl:1: max_length {max_length}: . special tokens leave no"):
+        load_columns(file, tokenizer, Reading("labelled", max_length, labels=("a", "b")))
+    if pair is None:
+        with pytest.raises(DataError, match=f"max_length {max_length}: 2 special tokens leave no room"):
+            jaxft.embed(jaxft.testing.tiny_llama(), tokenizer, ["the cat"], max_length=max_length)
 
 
 BAD = [
@@ -72,7 +104,11 @@ BAD = [
     ("labelled", {"text": "a", "label": "z"}, "label: 'z' is none of the 2 classes"),
     ("labelled", {"text": "a", "label": 2}, "label: 2 is none of the 2 classes"),
     ("labelled", {"text": "a", "label": None}, "label: a class number or name is expected, this is NoneType"),
-    ("labelled", {"text": "a", "label": 1.5}, "label: a class number or name is expected, this is float: 1.5"),
+    (
+        "labelled",
+        {"text": "a", "label": 1.5},
+        "label: a class number or name is expected, this is float: 1.5; to predict numbers",
+    ),
     ("labelled", {"text": "a"}, "label: the row has no such column; it has 'text'"),
     (
         "scored_pairs",
@@ -112,6 +148,11 @@ def test_classes():
     assert class_id(1, ("b", "a")) == 1
     with pytest.raises(DataError, match="nearest: 'shoes'"):
         class_id("shoe", ("hats", "shoes"))
+    with pytest.raises(DataError, match="label: 2 is none of the 3 classes"):
+        class_id(2, ("1", "a", "b"))  # as an index it would be b
+    with pytest.raises(DataError, match="label: 2000000000 is far too great for a class among 2 labels"):
+        classes_of([0, 2_000_000_000])
+    assert (as_label("--5"), as_label("5-"), as_label("7")) == ("--5", "5-", 7)
 
 
 def test_a_text_is_never_padded_past_the_table():

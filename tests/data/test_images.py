@@ -3,6 +3,8 @@
 import gzip
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,7 +67,6 @@ def test_each_source_gives_the_same_pictures(tmp_path, kind):
     assert batch["pixel_values"].shape == (2, 3, 6, 6) and batch["pixel_values"].dtype == np.float32
     want = (PICTURES[order[1]] / 255 - 0.5) / 0.5
     np.testing.assert_allclose(batch["pixel_values"][0], want.transpose(2, 0, 1), atol=1e-6)
-    np.testing.assert_allclose(SIX.normalise(data.unit([1, 2])), batch["pixel_values"], atol=1e-6)
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
@@ -113,12 +114,20 @@ def test_keys_and_splits_of_npz_files(tmp_path):
         ({"x": np.zeros((2, 3))}, r"x has the shape \(2, 3\)"),
         ({"x": PICTURES, "images": PICTURES}, "several arrays could be meant: images, x"),
         ({"x": PICTURES, "y": [1]}, r"y has the shape \(1,\) for 4 images"),
+        ({"x": PICTURES, "classes": "a"}, r"its names of classes have the shape \(\)"),
         ({"x": PICTURES / 255}, "x row 1: its numbers are float64: give grey levels"),
         ({"x": PICTURES.transpose(0, 3, 1, 2)}, r"x row 1: its shape is \(3, 6, 6\): .* channels last"),
     ):
         np.savez(file, **odd)
         with pytest.raises(jaxft.DataError, match=match):
             load_images(file, SIX)
+
+
+def test_one_array_under_the_name_of_an_npz_file(tmp_path):
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.save(file, PICTURES)
+    with pytest.raises(jaxft.DataError, match="a.npz: one array, as of np.save; write it with np.savez"):
+        load_images(tmp_path / "a.npz", SIX)
 
 
 def test_classes_of_the_training_set_rule(tmp_path):
@@ -162,10 +171,17 @@ def test_kinds_of_pictures(tmp_path, kind):
     np.testing.assert_allclose(got.astype(int), want, atol=1)
 
 
-def test_pictures_from_0_to_1_become_the_same_pixel_values():
-    for processor in (SIX, ImageProcessor((6, 6), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), rescale_factor=0.01)):
-        want = processor(PICTURES)
-        np.testing.assert_allclose(processor.normalise(PICTURES.transpose(0, 3, 1, 2) / 255), want, atol=1e-5)
+@pytest.mark.parametrize("factor", [1 / 255, 1 / 127.5, 1.0])
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_pixel_values_to_what_augmentations_take_and_back(factor, array):
+    """Whatever the processor scales by; in JAX under jit, as in a step."""
+    processor = ImageProcessor((6, 6), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), rescale_factor=factor)
+    unit, prepare = (f if array is np.asarray else jax.jit(f) for f in (processor.unit, processor.prepare))
+    want = processor(PICTURES)
+    images = unit(array(want))
+    np.testing.assert_allclose(images, PICTURES.transpose(0, 3, 1, 2) / 255, atol=1e-6)
+    np.testing.assert_allclose(prepare(images), want, rtol=1e-5, atol=1e-6)
+    assert images.dtype == prepare(images).dtype == np.float32
 
 
 def test_arrays_and_channels():

@@ -31,13 +31,6 @@ def test_boxes_are_padded_and_kept_in_parts_of_the_sides(tmp_path):
     assert data.classes == ("cat", "dog")
     np.testing.assert_allclose(data.boxes, [[[0, 0, 1, 1], [0.25, 0.25, 0.5, 0.75]], [[0.5, 0.5, 1, 1], [0] * 4]])
     assert data.mask.tolist() == [[True, True], [True, False]] and data.labels.tolist() == [[1, 0], [0, 0]]
-    batch = data.batch([1])
-    assert {k: v.shape for k, v in batch.items()} == {
-        "pixel_values": (1, 3, 4, 4),
-        "boxes": (1, 2, 4),
-        "box_mask": (1, 2),
-        "labels": (1, 2),
-    }
 
 
 def test_a_csv_holds_its_lists_as_json(tmp_path):

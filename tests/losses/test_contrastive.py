@@ -10,6 +10,7 @@ import pytest
 
 import jaxft
 from jaxft import losses
+from jaxft.losses.masks import same_text_groups
 
 RNG = np.random.default_rng(0)
 B, D, T = 6, 5, 0.2
@@ -282,9 +283,35 @@ def test_equal_texts_are_no_negatives():
     want[0, 2] = want[2, 0] = 0  # one question
     want[1, 3] = want[3, 1] = 0  # one positive
     want[4, [1, 3]] = 0  # the question itself
-    want[0, 7] = want[2, 6] = 0  # hard negatives: the own positive again ...
+    want[[0, 2], 6] = want[[0, 2], 7] = 0  # hard negatives: what answers the question ...
     want[[0, 2], 8] = 0  # ... and the question itself
     np.testing.assert_array_equal(mask.astype(int), want)
+
+
+def test_an_answer_is_none_wherever_its_text_stands():
+    """Rows 0 and 1 ask the same; row 2 asks otherwise, and its positive answers row 1."""
+    anchors, positives = jnp.array([10, 10, 12, 13]), jnp.array([20, 21, 21, 23])
+    mask = losses.different_text_mask(anchors, jnp.concatenate([positives, jnp.array([21, 20, 34, 35])]))
+    want = [[0, 0, 0, 1, 0, 0, 1, 1], [0, 0, 0, 1, 0, 0, 1, 1], [1, 0, 0, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1, 1, 1]]
+    np.testing.assert_array_equal(mask.astype(int), want)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_true_negatives_one_by_one(seed):
+    """Few texts, so that every kind of coincidence is there, against its definition."""
+    rng = np.random.default_rng(seed)
+    anchors, documents = rng.integers(0, 9, 7), rng.integers(0, 9, 21)
+    answers = set(zip(anchors, documents[:7], strict=True))
+    want = [[(a, d) not in answers and a != d for d in documents] for a in anchors]
+    got = losses.different_text_mask(jnp.asarray(anchors), jnp.asarray(documents))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_rows_with_a_text_in_common_are_one_group():
+    """In a chain, in which a row is linked by its anchor to the one before and by its positive to the one behind."""
+    anchors, positives = jnp.array([4, 3, 3, 9, 2, 8]), jnp.array([4, 2, 1, 7, 0, 9])
+    groups = jax.jit(same_text_groups)(jnp.append(anchors, 0), jnp.append(positives, 5))
+    assert groups.tolist() == [0, 1, 1, 3, 1, 3, 1]
 
 
 def test_a_duplicate_costs_nothing_once_it_is_masked():

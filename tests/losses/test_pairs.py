@@ -87,6 +87,14 @@ def kinds(e):
             losses.nt_xent(e(VIEWS, "view1"), e(VIEWS, "view2"), temperature=0.5),
             2 * B,
         ),
+        "nt_xent texts": (
+            ("nt_xent", {}),
+            {**PAIRS, "anchor_ids": TEXTS["anchor_ids"], "positive_ids": TEXTS["positive_ids"]},
+            losses.supervised_contrastive(
+                jnp.concatenate([a, p]), twice(jnp.array([0, 1, 2, 1, 4, 5, 0, 7])), temperature=0.5
+            ),
+            2 * B,
+        ),
         "supervised": (
             ("supervised_contrastive", {}),
             LABELLED,
@@ -137,8 +145,8 @@ def expected(model):
 
 
 NAMES = (
-    "pairs", "triplets", "texts", "classes", "views", "nt_xent", "supervised", "supervised views", "triplet",
-    "pairwise", "cosent", "regression",
+    "pairs", "triplets", "texts", "classes", "views", "nt_xent", "nt_xent texts", "supervised", "supervised views",
+    "triplet", "pairwise", "cosent", "regression",
 )  # fmt: skip
 
 

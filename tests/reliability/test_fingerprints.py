@@ -9,7 +9,7 @@ from texts import make_tokenizer
 
 import jaxft
 from jaxft.errors import RunError
-from jaxft.tasks.fingerprints import BLOCK, file_digest
+from jaxft.tasks.fingerprints import BLOCK, _files, file_digest
 from jaxft.train.checkpoint import Checkpoints
 
 SETS = ("train.steps=4", "data.eval=b.jsonl", "train.eval_every=null")
@@ -144,6 +144,22 @@ def test_another_config_is_named(run, set, said):
 
 def test_nothing_has_changed(place, job):
     job("begun", True, *SETS)
+
+
+def test_the_folders_of_modules_count(tmp_path):
+    """Of a folder as of sentence-transformers 2: how it pools is what the run was begun with."""
+    base = jaxft.save_sentence_transformer(jaxft.testing.tiny_bert(vocab_size=300), tmp_path / "st", make_tokenizer())
+    modules = json.loads((base / "modules.json").read_text())
+    (base / "0_Transformer").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (base / name).rename(base / "0_Transformer" / name)
+    modules[0]["path"] = "0_Transformer"
+    (base / "modules.json").write_text(json.dumps(modules))
+    (base / "runs").mkdir()
+    (base / "runs" / "notes.json").write_text("{}")
+    names = {name.removeprefix(f"{base}: ") for name, _ in _files(str(base))}
+    assert {"modules.json", "0_Transformer/model.safetensors", "1_Pooling/config.json"} <= names
+    assert {name.split("/")[0] for name in names if "/" in name} == {"0_Transformer", "1_Pooling"}
 
 
 def test_before_the_first_checkpoint(place, job, run, put_back):

@@ -10,6 +10,8 @@ from PIL import Image
 from texts import make_tokenizer
 
 import jaxft
+from jaxft.data import ImageProcessor
+from jaxft.embedding import embed_images
 from jaxft.loading import with_config
 from jaxft.models.sentence_folder import read_sentence_folder
 
@@ -92,6 +94,15 @@ def test_images(run, place):
         assert len(want) == count
 
 
+def test_labels_of_images_count_nothing(run, place):
+    rows = [{"file": "folder/0.png", "label": -1}, {"file": "folder/1.png"}, {"file": "folder/2.png", "label": 2.5}]
+    jsonl(place / "images.jsonl", rows)
+    code, _, err = run("embed", "vit", "images.jsonl", "--column", "file", "--output", "out.npy")
+    assert code == 0, err
+    want = embed_images(jaxft.load(place / "vit")[0], jaxft.data.load_images(place / "folder", ImageProcessor((8, 8))))
+    np.testing.assert_allclose(np.load(place / "out.npy"), want, atol=1e-6)
+
+
 WRONG = {
     "ending": (("st", "texts.jsonl", "--output", "out.csv"), r"out.csv: give a file that ends in .npy or .parquet"),
     "folder": (("st", "texts.jsonl", "--output", "none/out.npy"), "there is no folder none"),
@@ -102,6 +113,15 @@ WRONG = {
         r"(?s)bad.jsonl:2: text: it is empty.*bad.jsonl:3: not valid",
     ),
     "length": (("st", "texts.jsonl", "--max-length", 99, "--output", "out2.npy"), "the model reads 9 tokens at most"),
+    "no room": (
+        ("st", "texts.jsonl", "--max-length", 1, "--output", "out2.npy"),
+        "max_length 1: 1 special tok",
+    ),
+    "tokens": (("vit", "folder", "--max-length", 9, "--output", "out2.npy"), "--max-length 9: the model reads images"),
+    "no table": (
+        ("vit", "folder", "--column", "x", "--output", "out2.npy"),
+        r"folder: it is no table, so it has no column to name \(--column x",
+    ),
     "image": (("vit", "broken", "--output", "out2.npy"), r"broken.1\.png"),
 }
 

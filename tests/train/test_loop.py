@@ -70,8 +70,20 @@ def test_a_run_that_never_gets_anything_finite_stops():
     state = make_state()
     poisoned = jax.tree.map(lambda x: x * np.nan, state.trainable)
     state = jaxft.TrainState(**{**{f: getattr(state, f) for f in state.__dataclass_fields__}, "trainable": poisoned})
-    with pytest.raises(RunError, match="steps 1 to 3: loss, gradient or new parameters were not finite"):
+    with pytest.raises(RunError, match="steps 1 to 3: none .*\n  - in 3 loss, gradient .* not finite: lower") as told:
         run(state, 9, log_every=3)
+    assert "trained_tokens 0" not in str(told.value)
+
+
+def test_steps_that_train_nothing_are_not_those_that_are_not_finite():
+    def pulled(model, batch, *, key=None):
+        total, weight, metrics = next_token_loss(model, batch, key=key)
+        return total, weight * 0, metrics
+
+    step = jaxft.make_train_step(pulled)
+    with pytest.raises(RunError, match="steps 1 to 2: none .*\n  - in 2 no row .* raise train.batch_size") as told:
+        fit(make_state(), step, batches(), steps=4, log_every=2)
+    assert "not finite" not in str(told.value)
 
 
 def test_evaluation_is_over_tokens_whatever_the_batch():
