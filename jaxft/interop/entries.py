@@ -16,6 +16,7 @@ from ..methods.dora import DoRA
 from ..methods.embedding import LowRankEmbedding
 from ..methods.encoders import Virtual
 from ..methods.ia3 import InputScale, Scale
+from ..methods.linear import is_linear
 from ..methods.low_rank import LowRank
 from ..methods.pissa import PiSSA
 from ..methods.temperature import Temperature
@@ -35,27 +36,35 @@ class Entry:
         index: Place on the leaf's layer axis, None where it has none.
         transposed: Whether the file holds it the other way round.
         live: What of the leaf counts (the rest is padding of a smaller rank).
+        axes: How many axes, the last ones, are turned where it is transposed.
     """
 
     variable: nnx.Variable[Any]
     index: int | None = None
     transposed: bool = False
     live: tuple[Any, ...] = ()
+    axes: int = 2
 
     def read(self) -> np.ndarray[Any, Any]:
         """Return the tensor as the file holds it, in float32."""
         value = np.asarray(self._place(self.variable.get_value()), np.float32)
-        return np.asarray(np.swapaxes(value, -1, -2) if self.transposed else value, order="C")
+        return np.asarray(self._turned(value), order="C")
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor in the file."""
         place = self._place(np.empty(self.variable.get_value().shape, bool))
-        return (np.swapaxes(place, -1, -2) if self.transposed else place).shape
+        return self._turned(place).shape
 
     def write(self, buffer: np.ndarray[Any, Any], tensor: np.ndarray[Any, Any]) -> None:
         """Put a tensor of the file into a buffer of the leaf."""
-        self._place(buffer)[...] = np.swapaxes(tensor, -1, -2) if self.transposed else tensor
+        self._place(buffer)[...] = self._turned(tensor)
+
+    def _turned(self, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if not self.transposed:
+            return value
+        places = range(value.ndim)
+        return value.transpose(*places[: -self.axes], *places[-self.axes :][::-1])
 
     def _place(self, value: Any) -> Any:
         value = value if self.index is None else value[self.index]
@@ -207,8 +216,10 @@ def _copies(n: Named, copies: Copies, name: str) -> Tensors:
 
 def _leaf(n: Named, leaf: str, variable: Any, held: Any) -> Tensors:
     transposed = leaf == "kernel" and getattr(n.module, "transposed", True)
+    axes = 2 if is_linear(n.module) else variable.get_value().ndim - n.stacked  # all of a convolution's
     for i, layer in enumerate(held):
-        yield f"{PREFIX}{n.names[layer]}.{LEAF_NAMES[leaf]}", Entry(variable, i if n.stacked else None, transposed)
+        entry = Entry(variable, i if n.stacked else None, transposed, axes=axes)
+        yield f"{PREFIX}{n.names[layer]}.{LEAF_NAMES[leaf]}", entry
 
 
 def _virtual(n: Named, virtual: Virtual, name: str) -> Tensors:

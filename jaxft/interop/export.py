@@ -24,7 +24,8 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
     """Write config, weights and tokenizer; the weights in the model's dtype, in one file or, above a size, in shards.
 
     A classifier whose head reads another vector than its family's (`config.head_pooling`) is of a `model_type` of ours,
-    `jaxft_bert` say, which `jaxft.load` reads and transformers refuses.
+    `jaxft_bert` say, which `jaxft.load` reads and transformers refuses. How `pooled` pools, whether embeddings are
+    normalised and their length are not in such a folder: `jaxft.save_sentence_transformer` writes these.
 
     Args:
         model: A model without adapters (`jaxft.merge` folds them in), `state.model` after `Full` say.
@@ -122,7 +123,7 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 def _config(model: Model) -> dict[str, Any]:
     raw = json.loads(model.config.raw)
-    for old in ("torch_dtype", "dtype", "_name_or_path", HEAD_POOLING):
+    for old in ("torch_dtype", "dtype", "_name_or_path", "num_labels", *class_keys(("x",)), HEAD_POOLING):
         raw.pop(old, None)
     ours = model.head_pooling is not None  # transformers has no such heads, and refuses a model_type that it has not
     return {

@@ -72,6 +72,10 @@ def _read(model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> 
         raise BatchError(f"next_token_loss needs input_ids and labels [B, T]; the batch lacks {' and '.join(absent)}")
     if batch["labels"].shape != batch["input_ids"].shape:
         raise BatchError(f"next_token_loss needs labels for tokens [B, T]; these are {list(batch['labels'].shape)}")
+    if not hasattr(model, "head"):
+        raise BatchError(
+            f"next_token_loss: a {type(model).__name__} predicts no next token; give a causal language model"
+        )
     inputs = {name: batch[name] for name in ("attention_mask", "position_ids", "segment_ids") if name in batch}
     hidden = model.hidden(batch["input_ids"], **inputs, key=key)
     labels = jnp.where(predicted(batch), batch["labels"][:, 1:], IGNORED)

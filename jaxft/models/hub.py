@@ -25,7 +25,7 @@ from .names import LEAF_NAMES, Named, parameters, renamed
 from .placement import place
 from .seams import number
 from .sentence_folder import read_sentence_folder
-from .tensors import Tensors, read_json
+from .tensors import CONVERT, Tensors, read_json
 
 log = logging.getLogger("jaxft")
 
@@ -147,7 +147,8 @@ def load_model(
         model = abstract_model(config)
         mark_new(model, () if kept else tuple(path for path in model.heads if not path.startswith(f"{model.prefix}.")))
         return model
-    with Tensors(at) as tensors:
+    cls = (json.loads(config.raw).get("architectures") or ["AutoModel"])[0]  # which keeps the checkpoint's own head
+    with Tensors(at, convert=CONVERT.replace("AutoModel", str(cls))) as tensors:
         model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
         fill(model, tensors, keep_head=kept, asked=labels is not None)
     return model
@@ -212,7 +213,9 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True, asked: bool = F
     on_disk = disk_names(model, tensors)
     leave_out(model, on_disk)
     own = getattr(model, "lm_head", None)
-    if headless(model, tensors) and "lm_head.weight" not in on_disk and own is not None and own.kernel is not None:
+    others = () if keep_head or model.config.labels else CLASSIFIERS[model.model_type].heads  # a head not wanted
+    bare = bool(others) or headless(model, tensors)
+    if bare and "lm_head.weight" not in on_disk and own is not None and own.kernel is not None:
         setattr(model, "lm_head", nnx.data(None))  # noqa: B010 - not every model has the attribute
     everything = {
         f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable)
@@ -227,7 +230,6 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True, asked: bool = F
         if asked and (path not in there or not (keep_head or path.startswith(f"{model.prefix}.")))
     )
     begin_heads(model, new)
-    others = () if keep_head or model.config.labels else CLASSIFIERS[model.model_type].heads  # a head not wanted
     dropped = tuple(f"{path}." for path in (*new, *others))
     on_disk = {name: disk for name, disk in on_disk.items() if not name.startswith(dropped)}
     wanted = {name: spot for name, spot in everything.items() if not name.startswith(dropped)}
@@ -291,7 +293,10 @@ def headless(model: Model, tensors: Tensors) -> bool:
 
 
 def begin_heads(model: Model, paths: Sequence[str]) -> None:
-    """Give new heads of an abstract model their first values: kernels from N(0, 0.02^2), biases zero."""
+    """Give new heads of an abstract model their first values: kernels from N(0, 0.02^2), biases zero.
+
+    The seed is fixed by a module's path: a head begins alike whatever the run's seed.
+    """
     mark_new(model, paths)
     for named, leaf, variable in parameters(model):
         if variable.get_metadata("new", False):

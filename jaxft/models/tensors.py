@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from ..errors import CheckpointError
 
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-CONVERT = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+CONVERT = "AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 

@@ -94,3 +94,9 @@ def test_figures_count_the_likeliest_tokens():
     right = {**batch, "labels": jnp.pad(jnp.asarray(guesses)[:, :-1], ((0, 0), (1, 0)))}
     hits, counted = jaxft.losses.next_token_figures(model, right)[2]["token_accuracy"]
     assert float(hits) == float(counted) > 20
+
+
+def test_a_model_that_predicts_no_next_token():
+    batch = {**token_batch(), "labels": token_batch()["input_ids"]}
+    with pytest.raises(jaxft.BatchError, match="a BertModel predicts no next token"):
+        next_token_loss(jaxft.testing.tiny_bert(), batch)

@@ -141,7 +141,7 @@ def test_missing_things(folder, tmp_path):
     refused(folder / "config.json", "is a file; give the folder")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     text = refused(folder, "holds no model.safetensors")
-    assert "pytorch_model.bin, a pickle" in text and "save_pretrained" in text
+    assert "pytorch_model.bin, a pickle" in text and "`LlamaForCausalLM.from_pretrained(folder).save_pretr" in text
     (folder / "pytorch_model.bin").unlink()
     refused(folder, "Give a folder that transformers or peft has saved")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 import jaxft
 from jaxft.data import ImageProcessor
@@ -170,3 +171,15 @@ def test_on_a_mesh(tmp_path):
     np.testing.assert_allclose(split(pixels), model(pixels), atol=1e-5)
     kernel = split.layers.attention.q_proj.kernel.get_value()
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 16)
+
+
+def test_a_copy_of_the_patches_is_a_convolution_in_a_file(tmp_path):
+    """`(out, channels, height, width)`, as peft writes it."""
+    model = jaxft.attach(tiny_vit(), jaxft.LoRA(r=2, modules_to_save=("projection",)))
+    copy = model.embeddings.patch_embeddings.projection.saved["default"].kernel
+    copy.set_value(jax.random.normal(jax.random.key(0), copy.get_value().shape))
+    folder = jaxft.save_adapter(model, tmp_path)
+    key = "base_model.model.embeddings.patch_embeddings.projection.weight"
+    written = load_file(folder / "adapter_model.safetensors")[key]
+    np.testing.assert_array_equal(written, copy.get_value().transpose(3, 2, 1, 0))
+    np.testing.assert_array_equal(jaxft.load_adapter(tiny_vit(), folder)(PIXELS), model(PIXELS))
