@@ -217,6 +217,7 @@ def host(state):
     return {path: np.array(x) for path, x in jaxft.leaves(state.trainable).items()}
 
 
+@pytest.mark.slow
 def test_a_step_on_eight_devices_is_a_step_on_one(model):
     """In chunks, with dropout, equal texts, and a temperature that is learned."""
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -261,6 +262,7 @@ def test_a_temperature_that_is_learned(model, tmp_path):
         loss(rows, PAIRS)
 
 
+@pytest.mark.slow
 def test_the_laws_of_a_temperature(model):
     """With an adapter, under a loss that reads it; alone it is no method."""
     method = jaxft.LoRA(r=2) | LearnedTemperature(0.2)

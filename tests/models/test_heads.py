@@ -120,7 +120,11 @@ def test_a_pooler_that_a_checkpoint_lacks_is_new(folders, tmp_path):
     assert jnp.array_equal(again(**PADDED), model(**PADDED))
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("lora", "prefix", "own")
+SWEEP = [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+
+
+@pytest.mark.parametrize("method", SWEEP)
 def test_a_new_head_trains_whatever_the_method(method, folders, tmp_path):
     """Law 7: its copy learns, the base stays, the folder holds it, and merging puts it in."""
     model, _ = jaxft.load(folders["bert"], labels=LABELS)

@@ -85,6 +85,7 @@ def test_classes(place, train, run):
     np.testing.assert_allclose(merged(ids), model(ids), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_vectors_first_and_then_the_head(place, train):
     code, _, err = train("turn", "classify", "labelled", "labelled", "classify: {contrastive_steps: 2}")
     assert code == 0, err
