@@ -57,8 +57,12 @@ def of_head(model: Any, n: Named, *more: str) -> bool:
     """
     inside = f"{getattr(model, 'prefix', '')}."
     heads = tuple(f"{path}." for path in (*more, *getattr(model, "heads", ())) if not path.startswith(inside))
-    new = any(isinstance(v, nnx.Param) and v.get_metadata("new", False) for v in vars(n.module).values())
-    return new or f"{n.path}.".startswith(heads)
+    return is_new(n.module) or f"{n.path}.".startswith(heads)
+
+
+def is_new(module: Any) -> bool:
+    """Tell whether a module is of a head that the checkpoint did not have."""
+    return any(isinstance(v, nnx.Param) and v.get_metadata("new", False) for v in vars(module).values())
 
 
 def passes_context(module: Any) -> bool:

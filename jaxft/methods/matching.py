@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import MethodError, SelectionError, nearest
 from ..models.names import Named, named_modules
-from .linear import all_linear, of_head
+from .linear import all_linear, is_new, of_head
 
 log = logging.getLogger("jaxft")
 
@@ -117,8 +117,11 @@ def anything(module: Any) -> bool:
 
 
 def outside_heads(model: Any, kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Return the same kinds of modules without those of a classification head: that is copied whole, as in peft."""
-    apart = {id(n.module) for n in named_modules(model) if of_head(model, n)}
+    """Return the same kinds of modules without those of a head that is copied whole: a new one, and as in peft that of
+    every classifier of texts.
+    """
+    always = getattr(model, "task_type", None) == "SEQ_CLS"
+    apart = {id(n.module) for n in named_modules(model) if of_head(model, n) and (always or is_new(n.module))}
     return lambda module: kinds(module) and id(module) not in apart
 
 
