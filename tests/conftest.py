@@ -23,6 +23,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The laws of each method are held by Llama in the default run; by GPT-2 too among the slow ones."""
+    for item in items:
+        if getattr(item, "originalname", "") == "test_laws" and "gpt2" in item.name:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled():
     """Free what a module compiled: the suite makes hundreds of programs."""

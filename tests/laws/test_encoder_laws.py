@@ -20,7 +20,7 @@ IDENTITY = {
     "bitfit": (jaxft.BitFit(), 2 * (7 * 32 + 48) + 32 + NEW),
     "lora-all": (
         jaxft.LoRA(r=2, target_modules="all-linear", init="gaussian"),
-        2 * 2 * (4 * 64 + 2 * 80) + 2 * 64 + NEW,
+        2 * 2 * (4 * 64 + 2 * 80) + NEW,  # the pooler is new, and trained whole
     ),
     "ia3": (jaxft.IA3(), 2 * (32 + 32 + 32 + 48) + NEW),
     "pfeiffer": (jaxft.Adapter(size=4), 2 * (2 * 32 * 4 + 36) + NEW),

@@ -97,7 +97,8 @@ def test_remat_jit_and_loop_agree(family, method, monkeypatch):
     for how, got in others.items():
         assert got.keys() == want.keys()
         for path in want:
-            np.testing.assert_allclose(got[path], want[path], atol=1e-5, rtol=1e-4, err_msg=f"{how}: {path}")
+            atol = max(1e-5, 1e-6 * float(jnp.abs(want[path]).max()))  # rounding is of the largest numbers, up to 78
+            np.testing.assert_allclose(got[path], want[path], atol=atol, rtol=1e-4, err_msg=f"{how}: {path}")
 
 
 @pytest.mark.parametrize("family", MODELS)
