@@ -103,7 +103,9 @@ def test_fewer_rows_than_a_batch():
         TrainBatches([Dataset(rows(3))], batch_size=8)
 
 
-@pytest.mark.parametrize("make", [jaxft.testing.tiny_llama, jaxft.testing.tiny_gpt2])
+@pytest.mark.parametrize(
+    "make", [jaxft.testing.tiny_llama, pytest.param(jaxft.testing.tiny_gpt2, marks=pytest.mark.slow)]
+)
 def test_the_loss_of_any_bucket_is_the_loss_row_by_row(make):
     """Sum over rows one by one = batches of any size and width, to 1e-6 relatively."""
     model = make()

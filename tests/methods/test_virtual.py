@@ -87,7 +87,12 @@ def test_the_laws_see_every_method():
     }
 
 
-@pytest.mark.parametrize(("family", "name"), [("llama", "prefix-projected"), ("gpt2", "p-lstm"), ("mistral", "both")])
+ONE_BY_ONE = [("llama", "prefix-projected"), ("gpt2", "p-lstm"), ("mistral", "both")]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [ONE_BY_ONE[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in ONE_BY_ONE[1:])]
+)
 def test_remat_and_the_layers_one_by_one(family, name, monkeypatch):
     """Rematerialisation, which breaks the reference's prefixes, changes nothing here; nor does a loop."""
     batch, loss = {k: v[:, :6] for k, v in token_batch().items()}, jaxft.losses.next_token_loss
@@ -225,6 +230,7 @@ def test_the_position_table(name):
         assert unshifted(ids(2, 12)).shape == (2, 12, 64)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same():
     mesh = jaxft.make_mesh(data=2, fsdp=2, tensor=2)
     batch = {k: jnp.concatenate([v, v[:1]]) for k, v in token_batch().items()}

@@ -131,6 +131,7 @@ def test_scored_pairs_and_going_on(place, train, run, monkeypatch):
     assert all(np.array_equal(x, tensors(place / "scored")[name]) for name, x in tensors(place / "scored2").items())
 
 
+@pytest.mark.slow
 def test_pairs_with_a_temperature_that_is_learned(place, train):
     section = "contrastive: {learn_temperature: true, symmetric: true, chunk: 2}"
     code, _, err = train("pairs", "contrastive", "pairs", "pairs", section)
