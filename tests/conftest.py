@@ -25,9 +25,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The laws of each method are held by Llama in the default run; by GPT-2 too among the slow ones."""
+    """The laws of each method are held by Llama in the default run; by the other families among the slow ones."""
     for item in items:
-        if getattr(item, "originalname", "") == "test_laws" and "gpt2" in item.name:
+        others = any(family in item.name for family in ("gpt2", "qwen2", "tied"))
+        if others and getattr(item, "originalname", "") in ("test_laws", "test_remat_jit_and_loop_agree"):
             item.add_marker(pytest.mark.slow)
 
 

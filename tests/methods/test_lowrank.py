@@ -168,6 +168,7 @@ def test_pissa_begins_as_the_principal_part():
         close(jnp.linalg.norm(a[:, 0]), jnp.linalg.norm(b[0]))
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one():
     """Everything at once on a mesh: loss and gradients of one device."""
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True}
