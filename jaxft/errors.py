@@ -52,6 +52,10 @@ class GenerationError(JaxftError):
     """A request for text that the model cannot serve."""
 
 
+class RewardError(JaxftError):
+    """A reward that cannot be had, or that is not one finite number for each answer."""
+
+
 def refuse(kind: type[JaxftError], headline: str, problems: Iterable[str], limit: int = 20) -> None:
     """Raise `kind` with every problem on a line of its own; do nothing where there are none.
 

@@ -14,6 +14,7 @@ from .methods.switch import set_adapter
 from .models.base import Model
 from .models.hub import load_model, read_config, resolve
 from .models.sentence_folder import read_sentence_folder
+from .models.sharing import with_head
 from .models.tensors import read_json
 from .run import RunFolder
 
@@ -87,10 +88,14 @@ def load_run(
     remat: str = "none",
     abstract: bool = False,
     labels: Sequence[str] | None = None,
+    over: Model | None = None,
 ) -> tuple[Model, Any]:
     """Return the model that a finished run has made, and its tokenizer. Arguments as of `load`.
 
     An adapter gets the first name that is free: "default", and over another run's adapter "default_2".
+
+    With `over`, the causal language model that the run began with and that is in memory already, its arrays are shared
+    and only adapters and heads are read. (A run with `model/` is read whole.)
 
     Raises:
         RunError: The run has not finished; or shapes are asked for, and it has an adapter.
@@ -105,7 +110,14 @@ def load_run(
     config = run.config()
     options: dict[str, Any] = {"dtype": dtype or config.model.dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
     labels = labels_of(run) or None if labels is None else labels
-    model, tokenizer = load(config.model.source, **options, labels=labels)
+    begun = RunFolder(config.model.source)
+    if over is None:
+        model, tokenizer = load(config.model.source, **options, labels=labels)
+    elif begun.started and not begun.model.is_dir():
+        model, tokenizer = load_run(begun, **options, labels=labels, over=over)
+    else:
+        folder = begun.model if begun.started else resolve(config.model.source)
+        model, tokenizer = (with_head(over, labels) if labels else over), load_tokenizer(folder)
     if config.method is None and adapters(model):  # it went on with the adapter that it found, which this one replaces
         model = detach(model, next(reversed(adapters(model))))
     model = load_adapter(as_pooled(model, run), run.adapter, name=free_name(model))

@@ -25,6 +25,7 @@ ROWS = [
     ["run"],
     ["loading"],
     ["scores"],
+    ["rewards"],
     ["similarity"],
     ["probes"],
     ["report", "embedding_picture"],
@@ -63,7 +64,7 @@ MODELS = [
 ]
 INSIDE = {
     "parallel": ["rules", "mesh", "topology", "__init__"],
-    "models": [*MODELS, "placement", "tensors", "sentence_folder", "hub"],
+    "models": [*MODELS, "placement", "tensors", "sentence_folder", "hub", "sharing"],
     "methods": [
         "linear",
         "stacking",

@@ -116,6 +116,10 @@ def _normal(tree: dict[str, Any], places: Places) -> None:
     for holder in _holders(tree).values():
         method = holder.get("method")
         holder["method"] = method if method is None or isinstance(method, list) else [method]
+    for task in ("ppo", "grpo"):
+        section = tree.get(task)
+        if isinstance(section, dict) and isinstance(section.get("reward"), str):
+            section["reward"] = [{"reward": section["reward"]}]
     data = tree.get("data")
     if not isinstance(data, dict):
         return

@@ -10,7 +10,9 @@ from ..errors import ConfigError
 from ..methods import METHODS, Method
 
 SftFormat = Literal["instruction", "prompt_completion", "messages", "text"]
-Format = Literal[SftFormat, "pairs", "triplets", "labelled", "scored_pairs", "images", "regions"]
+EncoderFormat = Literal["pairs", "triplets", "labelled", "scored_pairs", "images", "regions"]
+AnswerFormat = Literal["preference", "ranking", "prompt"]
+Format = Literal[SftFormat, EncoderFormat, AnswerFormat]
 ContrastiveKind = Literal[
     "info_nce", "nt_xent", "supervised_contrastive", "triplet", "cosent", "cosine_regression", "pairwise_contrastive"
 ]
@@ -18,6 +20,10 @@ FORMATS: dict[str, tuple[str, ...]] = {  # what each task reads
     "sft": get_args(SftFormat),
     "classify": ("labelled", "images"),
     "contrastive": ("pairs", "triplets", "labelled", "scored_pairs", "images", "regions"),
+    "reward": ("preference", "ranking"),
+    "dpo": ("preference",),
+    "ppo": ("prompt",),
+    "grpo": ("prompt",),
 }
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -227,6 +233,88 @@ class Contrastive(Section):
     augmentation: Augmentation | None = None
 
 
+class RewardModel(Section):
+    """What a reward model needs besides.
+
+    `margin`: what the chosen answer's score should be above the other's at least. `centering`: weight of the squared
+    sum of both scores, which holds them around zero.
+    """
+
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    centering: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+class Dpo(Section):
+    """What direct preference optimisation needs besides: as `jaxft.losses.dpo_loss`."""
+
+    beta: Positive = 0.1
+    kind: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+
+class RewardTerm(Section):
+    """One reward of several: a run, a model folder, `file.py:function`, or the name of one of `jaxft.rewards`."""
+
+    reward: Text
+    weight: Finite = 1.0
+    options: dict[str, Any] = {}
+
+
+class Rollouts(Section):
+    """How answers are drawn from the policy, and what they are worth.
+
+    `missing_end_penalty` is taken off the reward of an answer that did not come to its end within `max_new_tokens`.
+    """
+
+    reward: Annotated[tuple[RewardTerm, ...], Field(min_length=1, strict=False)]
+    max_new_tokens: Count = 64
+    temperature: Positive = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    missing_end_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    epochs: Count = 1
+    minibatches: Count = 1
+    clip: Share = 0.2
+
+
+class Ppo(Rollouts):
+    """What proximal policy optimisation needs besides.
+
+    `kl_target`: the coefficient is adapted towards this KL per answer (None: it is fixed), over `kl_horizon` answers.
+    `max_kl`: no further minibatch of a step once the policy has moved so far from the one that drew the answers (KL per
+    token). `critic`: the critic's method; None: the policy's. `score_position`: whether the score is the reward of the
+    last token, or of the place after it, as trl has it.
+    """
+
+    kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
+    kl_kind: Literal["k1", "k2", "k3"] = "k1"
+    kl_target: Positive | None = None
+    kl_horizon: Positive = 10_000.0
+    max_kl: Positive | None = None
+    epochs: Count = 4
+    value_clip: Positive = 0.2
+    value_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    entropy_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    whiten_rewards: bool = False
+    score_position: Literal["end", "after_end"] = "end"
+    critic: dict[str, Any] | None = None
+
+
+class Grpo(Rollouts):
+    """What group relative policy optimisation needs besides.
+
+    `group_size`: answers to one prompt; `train.batch_size` counts answers. `reduction`: as of `losses.grpo_loss`.
+    """
+
+    group_size: Annotated[int, Field(ge=2)] = 8
+    kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    clip_high: Share | None = None
+    reduction: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    scale: bool = True
+
+
 class Contestant(Section):
     """What `jaxft compare` trains under one name: a method, and the learning rate that suits it."""
 
@@ -240,7 +328,7 @@ class Config(Section):
     What must fit across its sections, `load_config` checks.
     """
 
-    task: Literal["sft", "classify", "contrastive"]
+    task: Literal["sft", "classify", "contrastive", "reward", "dpo", "ppo", "grpo"]
     model: Model
     method: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, strict=False)] | None = None
     data: Data
@@ -250,6 +338,10 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     classify: Classify | None = None
     contrastive: Contrastive | None = None
+    reward: RewardModel | None = None
+    dpo: Dpo | None = None
+    ppo: Ppo | None = None
+    grpo: Grpo | None = None
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
     compare: dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*$")], Contestant] = {}
     output: Text

@@ -138,7 +138,7 @@ def decode_loop(
         draw: Draw tokens, or take the likeliest.
 
     Returns:
-        `[B, room]` new tokens, and `[B]` how many of them count.
+        `[B, room]` new tokens, zeros after the one that stopped a row; and `[B]` how many there are before that one.
     """
     rows, width = ids.shape
     temperature, top_k, top_p, key = knobs
@@ -158,8 +158,8 @@ def decode_loop(
 
     def write(carry: Any) -> Any:
         n, token, out, count, stopped, cache = carry
-        stopped = stopped | stopping[token]
         out = jax.lax.dynamic_update_slice(out, jnp.where(stopped, 0, token)[:, None], (0, n))
+        stopped = stopped | stopping[token]
         count = count + ~stopped
         real = jnp.ones((rows, 1), bool)
         hidden, cache = model.decode(token[:, None], real, (lengths + n)[:, None], cache)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from .base import arrays, called, refuse_packed
@@ -49,6 +50,12 @@ class LastTokenClassifier(Decoder):
         mode = self.head_pooling or self.reads
         last = pool(hidden, inputs.get("attention_mask"), mode).astype(self.dtype)
         return self.score(last[:, None], self.context(len(last), key))[:, 0]
+
+    def scores(self, inputs: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+        """Return what the head says at every token `[B, T, C]`, float32: the values of a critic."""
+        refuse_packed(inputs)
+        hidden = self.hidden(**inputs, key=key)
+        return self.score(hidden, self.context(len(hidden), key)).astype(jnp.float32)
 
     def __call__(
         self,

@@ -16,7 +16,7 @@ from ..errors import DataError, refuse
 from ..interop.export import save_model
 from ..run import RunFolder
 from ..train.state import TrainState
-from ..train.step import ModelLoss
+from ..train.step import ModelLoss, make_train_step
 from .start import base_of, load_base, load_state
 
 
@@ -132,6 +132,15 @@ class Task:
     def load_model(self, mesh: Mesh | None, data: Data) -> Any:
         """Return the model that a config begins with, to evaluate it."""
         return load_base(self.config, base_of(self.config), "none", mesh, self.head_labels(data))
+
+    def make_step(self, state: TrainState) -> Callable[..., Any]:
+        """Return the step: `state, metrics = step(state, batch)`.
+
+        Args:
+            state: What the run began with, also where it goes on: what a step compares with is made of it.
+        """
+        del state
+        return make_train_step(self.loss, accumulate=self.config.train.accumulate)
 
     def read_all(self, read: Callable[[Source], Dataset], *, train: bool) -> tuple[tuple[Dataset, ...], ...]:
         """Read training and held-out sources; what is wrong with each is said at once."""

@@ -20,7 +20,6 @@ from ..train.loop import fit
 from ..train.memory import peak_memory
 from ..train.progress import Progress
 from ..train.state import TrainState
-from ..train.step import make_train_step
 from ..train.stop import Stop, Stopped
 from ..train.trackers import check_trackers, make_trackers
 from .fingerprints import check_same, fingerprints
@@ -58,6 +57,7 @@ class Job:
         self.schedule = schedule_of(config, self.steps)
         self.remat = choose_remat(config)
         self.state = self.task.load_state(self.steps, self.mesh, self.data)
+        self.step = self.task.make_step(self.state)
         self.task.check_fit(self.data, self.state.frozen)
         self.eval_batch_size = config.evaluation.batch_size or config.train.batch_size
         for line in self.data.notes():
@@ -116,7 +116,7 @@ class Job:
 
         state = fit(
             state,
-            make_train_step(self.loss, accumulate=train.accumulate),
+            self.step,
             self.batches.iterate(int(state.step)),
             steps=self.steps,
             log_every=train.log_every,
@@ -160,7 +160,7 @@ class Job:
         return figures
 
     def _evaluations(self) -> list[dict[str, Any]]:
-        return [row for row in self.run.records(self.run.metrics) if "eval_loss" in row]
+        return [row for row in self.run.records(self.run.metrics) if any(name.startswith("eval_") for name in row)]
 
     def _last_evaluated(self) -> int:
         return max((row["step"] for row in self._evaluations()), default=-1)

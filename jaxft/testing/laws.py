@@ -26,8 +26,8 @@ from ..methods.partition import combine, leaves, partition, trainable_mask
 from ..methods.report import parameter_report
 from ..methods.switch import set_adapter
 from ..models.names import variables
-from ..train.state import TrainState
-from ..train.step import make_train_step, with_leaves
+from ..train.state import TrainState, with_leaves
+from ..train.step import make_train_step
 
 Batch = Mapping[str, Any]
 

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import CheckpointError, RunError, refuse
-from ..methods.partition import leaves
 from .digests import Record, by_name, form, misfits, record, seal
 from .state import TrainState
-from .step import with_leaves
 
 
 class Checkpoints:
@@ -70,7 +68,7 @@ class Checkpoints:
         Raises:
             RunError: It cannot be written (a full disk, say), or is not what was written; those before it stay.
         """
-        step, tree = int(state.step), _tree(state)
+        step, tree = int(state.step), state.changing()
         if step == self._verified:
             return
         found = record(tree)
@@ -107,7 +105,7 @@ class Checkpoints:
         Raises:
             CheckpointError: There is none, none is whole, or it is of other leaves (another model or method).
         """
-        tree = _tree(state)
+        tree = state.changing()
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps):
@@ -128,12 +126,7 @@ class Checkpoints:
         self._verified = step
         # Fresh buffers: what is handed to a step is donated, and the reader's memory is not ours to give away.
         saved = jax.tree.map(lambda x: jnp.array(x, copy=True), saved)
-        return state.replace(
-            step=saved["step"],
-            trainable=with_leaves(state.trainable, saved["trainable"]),
-            opt_state=saved["opt_state"],
-            key=jax.random.wrap_key_data(saved["key"]),
-        )
+        return state.changed(saved)
 
     def _matching(self, step: int, like: Any) -> Any:
         """Return what a checkpoint holds, if its leaves are those wanted."""
@@ -179,12 +172,3 @@ class _DamagedError(Exception):
 def _on_host(x: jax.Array) -> Any:
     """Stand for an array that is read into the host's memory: a device may have no room for a second copy."""
     return np.broadcast_to(np.zeros((), x.dtype), x.shape)
-
-
-def _tree(state: TrainState) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "trainable": leaves(state.trainable),
-        "opt_state": state.opt_state,
-        "key": jax.random.key_data(state.key),
-    }

@@ -10,6 +10,7 @@ import optax
 from ..errors import MethodError, OptimizerError
 from ..methods.method import Method, adapters
 from ..methods.partition import attached, combine, leaves, partition
+from ..models.names import variables
 from ..models.placement import mesh_of, move, place, shardings
 from ..parallel.rules import repeated
 
@@ -110,9 +111,36 @@ class TrainState:
         """The whole model, which can be called. Its trained arrays are the state's: the next step consumes them."""
         return combine(self.trainable, self.frozen)
 
+    def changing(self) -> dict[str, Any]:
+        """Return what steps change, as a checkpoint holds it: a tree of arrays."""
+        return {
+            "step": self.step,
+            "trainable": leaves(self.trainable),
+            "opt_state": self.opt_state,
+            "key": jax.random.key_data(self.key),
+        }
+
+    def changed(self, saved: dict[str, Any]) -> Self:
+        """Return this state with what a checkpoint held: the inverse of `changing`."""
+        return self.replace(
+            step=saved["step"],
+            trainable=with_leaves(self.trainable, saved["trainable"]),
+            opt_state=saved["opt_state"],
+            key=jax.random.wrap_key_data(saved["key"]),
+        )
+
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def with_leaves(part: Any, values: dict[str, jax.Array]) -> Any:
+    """Return a part with other values in its leaves, given by path."""
+    fresh = jax.tree.map(lambda x: x, part)
+    known = variables(fresh)
+    for path, value in values.items():
+        known[path].set_value(value)
+    return fresh
 
 
 def start(tx: optax.GradientTransformation, trainable: Any) -> Any:

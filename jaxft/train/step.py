@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 
 from ..errors import BatchError, MethodError
 from ..methods.partition import combine, leaves
-from ..models.names import variables
 from ..models.placement import mesh_of, shardings
 from ..parallel.rules import batch_devices, constrain, repeated, rows_sharding
 from .batch import check_batch
-from .state import TrainState
+from .state import TrainState, with_leaves
 
 TINY = float(np.finfo(np.float32).tiny)  # 0 / TINY = 0 where nothing was trained
 Batch = Mapping[str, Any]
@@ -178,15 +177,6 @@ def over_micro_batches(
     first = jax.tree.map(lambda x: x[0], micro)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_grad, params, first, key))
     return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulate)))[0]
-
-
-def with_leaves(part: Any, values: dict[str, jax.Array]) -> Any:
-    """Return a part with other values in its leaves, given by path."""
-    fresh = jax.tree.map(lambda x: x, part)
-    known = variables(fresh)
-    for path, value in values.items():
-        known[path].set_value(value)
-    return fresh
 
 
 def finite(tree: Any) -> jax.Array:

@@ -12,7 +12,7 @@ from jaxft.models.hub import fresh_model
 from jaxft.testing import LAWS, token_batch
 from jaxft.testing.laws import TX, gradients
 from jaxft.testing.tiny import BERT
-from jaxft.train.step import with_leaves
+from jaxft.train.state import with_leaves
 
 NEW = 32 * 3 + 3 + 32 * 32 + 32  # the classifier, and the pooler under it
 IDENTITY = {

@@ -11,7 +11,7 @@ from loops import loop
 import jaxft
 from jaxft.testing import LAWS, check_method, tiny_gpt2, tiny_llama, tiny_model, token_batch
 from jaxft.testing.laws import TX, gradients
-from jaxft.train.step import with_leaves
+from jaxft.train.state import with_leaves
 
 MODELS = {
     "llama": tiny_llama,

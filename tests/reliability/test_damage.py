@@ -18,7 +18,7 @@ from jaxft.losses import next_token_loss
 from jaxft.methods.partition import leaves
 from jaxft.train.checkpoint import Checkpoints
 from jaxft.train.loop import fit
-from jaxft.train.step import with_leaves
+from jaxft.train.state import with_leaves
 
 # What orbax leaves behind in its threads when it reads a damaged file.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
