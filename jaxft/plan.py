@@ -44,7 +44,7 @@ class Plan:
         width: Tokens of the widest row; 0 of images.
         trainable_parameters: Trained numbers.
         total_parameters: All numbers of the model.
-        parameters_bytes: Trained and frozen leaves.
+        parameters_bytes: Trained and frozen leaves, and the copy of trained ones that a task may compare with.
         optimizer_bytes: The optimiser's state.
         temporary_bytes: Activations, gradients, gathered layers: the most that is alive at once beside the rest.
         total_bytes: Arguments + temporaries + outputs - what outputs share with arguments.
@@ -124,10 +124,12 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
     room = capacity(devices[0])
     state = abstract_state(config, mesh, devices[0].platform)
     batch = abstract_batch(config, mesh)
-    step = make_train_step(task_of(config).loss, accumulate=config.train.accumulate)
+    task = task_of(config)
+    step = make_train_step(task.loss, accumulate=config.train.accumulate)
     traced = step.trace(state, batch)
     lowered = traced.lower()
     arguments = _device_bytes((state.trainable, state.frozen, state.opt_state, state.step, state.key, batch))
+    held = _device_bytes(task.held(state))
     collectives = None
     cached = jax.config.values["jax_enable_compilation_cache"]
     if topology is not None:  # a program for devices that are not there can be written to a cache, but not read again
@@ -141,12 +143,13 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         if exceeded is None:
             raise RunError(f"the compiler refuses this step: {str(error).splitlines()[0]}") from error
         total = int(float(exceeded[1]) * 1024 ** "BKMGT".index(exceeded[2]))  # arguments are in it
-        temporaries = max(0, total - arguments)
+        temporaries, total = max(0, total - arguments), total + held
     else:
         seconds = time.perf_counter() - began
         memory = compiled.memory_analysis()
         temporaries = memory.temp_size_in_bytes
         total = memory.argument_size_in_bytes + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        total += held
         collectives = _collectives(compiled)
     finally:
         if topology is not None:
@@ -161,7 +164,7 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         width=max((x.shape[1] for name, x in batch.items() if name.endswith("input_ids")), default=0),
         trainable_parameters=report.trainable,
         total_parameters=report.total,
-        parameters_bytes=_device_bytes((state.trainable, state.frozen)),
+        parameters_bytes=_device_bytes((state.trainable, state.frozen)) + held,
         optimizer_bytes=_device_bytes(state.opt_state),
         temporary_bytes=temporaries,
         total_bytes=total,

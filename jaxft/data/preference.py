@@ -132,8 +132,6 @@ def compare(tokenizer: Any, format: str, fields: Mapping[str, Any], join: Join) 
             what = f"{len(given)} of them" if isinstance(given, list) else repr(given)[:80]
             raise DataError(f"answers: a list of two answers at least is expected, best first; this is {what}")
         named = {f"answers[{i}]": answer for i, answer in enumerate(given)}
-        if fields.get("prompt") is None:
-            text_of(fields, "prompt")
     else:
         named = {name: fields[name] for name in PAIR if name in fields}
         for name in PAIR:
@@ -143,7 +141,11 @@ def compare(tokenizer: Any, format: str, fields: Mapping[str, Any], join: Join) 
     if len(set(talks.values())) > 1:
         odd = " and ".join(f"{name} is {'a list of turns' if talk else 'text'}" for name, talk in talks.items())
         raise DataError(f"answers of one kind are expected, but {odd}")
-    made = _talks(tokenizer, fields, named) if all(talks.values()) else _texts(tokenizer, fields, named, join)
+    implicit = format == "preference"
+    if all(talks.values()):
+        made = _talks(tokenizer, fields, named, implicit)
+    else:
+        made = _texts(tokenizer, fields, named, join, implicit)
     for (i, one), (k, other) in itertools.combinations(zip(named, made, strict=True), 2):
         if np.array_equal(one.input_ids, other.input_ids):
             raise DataError(f"{i} and {k} are the same: {one.answer!r:.80}")
@@ -151,9 +153,11 @@ def compare(tokenizer: Any, format: str, fields: Mapping[str, Any], join: Join) 
     return Comparison(tuple(made), None if margin is None else number_of(margin, "margin"))
 
 
-def _texts(tokenizer: Any, fields: Mapping[str, Any], named: Mapping[str, Any], join: Join) -> list[Example]:
+def _texts(
+    tokenizer: Any, fields: Mapping[str, Any], named: Mapping[str, Any], join: Join, implicit: bool
+) -> list[Example]:
     said = [text_of(named, name) for name in named]
-    if fields.get("prompt") is not None:
+    if fields.get("prompt") is not None or not implicit:
         prompt = text_of(fields, "prompt")
     else:
         prompt = said[0][: _border(said[0], said[1])]
@@ -176,9 +180,9 @@ def _border(one: str, other: str) -> int:
     return at - len(found[0]) if found else at
 
 
-def _talks(tokenizer: Any, fields: Mapping[str, Any], named: Mapping[str, Any]) -> list[Example]:
+def _talks(tokenizer: Any, fields: Mapping[str, Any], named: Mapping[str, Any], implicit: bool) -> list[Example]:
     said = [turns_of(named, name) for name in named]
-    if isinstance(fields.get("prompt"), list):
+    if isinstance(fields.get("prompt"), list) or not implicit:  # a text beside whole conversations is in these too
         before = turns_of(fields, "prompt")
     else:
         together = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*said[:2], strict=False))
@@ -190,7 +194,7 @@ def _talks(tokenizer: Any, fields: Mapping[str, Any], named: Mapping[str, Any]) 
 def _answer(tokenizer: Any, before: list[dict[str, Any]], turns: list[dict[str, Any]], name: str) -> Example:
     """Return a conversation of which what the assistant says from `turns` on is the answer."""
     if not before or before[-1]["role"] == "assistant":
-        what = "ends with the assistant's turn" if before else "is empty (the two have no common beginning)"
+        what = "ends with the assistant's turn" if before else "is empty: the answers have no common first turns"
         raise DataError(f"prompt: it {what}; it must end with what the answers answer")
     if not turns or turns[0]["role"] != "assistant":
         what = f"it begins with {turns[0]['role']!r}" if turns else "nothing is left of it after the prompt"

@@ -48,17 +48,31 @@ def make_reward_loss(*, margin: float = 0.0, centering: float = 0.0) -> Any:
 
     def loss(model: Any, batch: Batch, *, key: jax.Array | None = None) -> Any:
         scores, there = answer_scores(model, batch, key=key)
-        if scores.shape[1] == 2:
-            own = batch.get("margin", jnp.full(len(scores), jnp.nan))
-            wanted = jnp.where(jnp.isnan(own), margin, own)
-            options: dict[str, Any] = {"margin": wanted, "centering": centering, "mask": there.all(1)}
-            losses = reward_loss(scores[:, 0], scores[:, 1], **options, reduction="none")
-        else:
-            losses = ranking_loss(scores, there, centering=centering, reduction="none")
-        weight = (there.sum(1) > 1).sum().astype(jnp.float32)
-        return losses.sum(), weight, pair_figures(scores, there)
+        own = batch.get("margin", jnp.full(len(scores), jnp.nan))
+        return *score_loss(scores, there, own, margin=margin, centering=centering), pair_figures(scores, there)
 
     return loss
+
+
+def score_loss(
+    scores: jax.Array, there: jax.Array, own: jax.Array, *, margin: float = 0.0, centering: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Return the loss of scores summed over rows, and the number of rows that have two answers at least.
+
+    Args:
+        scores: `[B, K]`.
+        there: `[B, K]` bool, where there is an answer.
+        own: `[B]`, the margin of each pair, NaN where `margin` counts; of lists none does.
+        margin: As of `make_reward_loss`.
+        centering: Likewise.
+    """
+    if scores.shape[1] == 2:
+        wanted = jnp.where(jnp.isnan(own), margin, own)
+        options: dict[str, Any] = {"margin": wanted, "centering": centering, "mask": there.all(1)}
+        losses = reward_loss(scores[:, 0], scores[:, 1], **options, reduction="none")
+    else:
+        losses = ranking_loss(scores, there, centering=centering, reduction="none")
+    return losses.sum(), (there.sum(1) > 1).sum().astype(jnp.float32)
 
 
 def answer_scores(model: Any, batch: Batch, *, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

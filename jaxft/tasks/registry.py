@@ -4,7 +4,9 @@ from ..config import Config
 from ..errors import ConfigError
 from .classify import ImageClassification, TextClassification
 from .contrastive import TextContrast
+from .dpo import PreferenceOptimisation
 from .images import ImageContrast, RegionContrast
+from .reward import RewardModelling
 from .sft import SupervisedTuning
 from .task import Task
 
@@ -12,11 +14,13 @@ TASKS: dict[str, tuple[type[Task], ...]] = {
     "sft": (SupervisedTuning,),
     "classify": (TextClassification, ImageClassification),
     "contrastive": (TextContrast, ImageContrast, RegionContrast),
+    "reward": (RewardModelling,),
+    "dpo": (PreferenceOptimisation,),
 }
 
 
-def task_of(config: Config) -> Task:
-    """Return the task of a config.
+def task_of(config: Config, begun: Config | None = None) -> Task:
+    """Return the task of a config, and of what a finished run was begun with that it looks at.
 
     Raises:
         ConfigError: Its sources hold rows that no one model reads.
@@ -24,5 +28,5 @@ def task_of(config: Config) -> Task:
     forms = {source.format for source in (*config.data.train, *(config.data.eval or ()))}
     for task in TASKS[config.task]:
         if forms <= set(task.formats):
-            return task(config)
+            return task(config, begun)
     raise ConfigError(f"data: rows of formats {', '.join(sorted(forms))} do not go together in one run")
