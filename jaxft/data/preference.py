@@ -16,7 +16,7 @@ from .formats import prompt_and_completion, text_of, turns_of
 from .labels import number_of
 from .rows import BadRow, Row, read_rows
 from .source import Dataset, check_columns, renamed, sorted_out, stem
-from .tokens import IGNORED, Example
+from .tokens import IGNORED, Example, end_token
 
 COLUMNS = {"preference": ("prompt", "chosen", "rejected", "margin"), "ranking": ("prompt", "answers")}
 PAIR = ("chosen", "rejected")
@@ -64,7 +64,8 @@ def load_comparisons(
 
     Each column holds text, or a list of turns, which the chat template renders. A row without `prompt` (trl's implicit
     form) holds whole texts or conversations, whose common beginning is the prompt. trl takes it letter by letter; here
-    a word that both begin with is not cut in two.
+    a word that both begin with is not cut in two. A text gets the end token once, a conversation ends with the special
+    token that ends its last turn.
 
     Args:
         path: A file or hub data set, as of `read_rows`.
@@ -85,7 +86,7 @@ def load_comparisons(
 
     Raises:
         DataError: The source cannot be read, or rows are bad (two answers of one row are the same, say): each with
-            file, line, column and what it holds.
+            file, line, column and what it holds; or the tokenizer has no end token.
 
     >>> import jaxft, tempfile, pathlib
     >>> file = pathlib.Path(tempfile.mkdtemp(), "rows.jsonl")
@@ -97,6 +98,8 @@ def load_comparisons(
     if format not in COLUMNS:
         raise DataError(f"format {format!r} is unknown; {nearest(format, COLUMNS)}")
     check_columns(path, format, columns or {}, COLUMNS[format])
+    if join is prompt_and_completion:
+        end_token(tokenizer)
 
     def one(row: Row | BadRow) -> Comparison | BadRow:
         if isinstance(row, BadRow):
@@ -192,7 +195,11 @@ def _talks(tokenizer: Any, fields: Mapping[str, Any], named: Mapping[str, Any], 
 
 
 def _answer(tokenizer: Any, before: list[dict[str, Any]], turns: list[dict[str, Any]], name: str) -> Example:
-    """Return a conversation of which what the assistant says from `turns` on is the answer."""
+    """Return a conversation of which what the assistant says from `turns` on is the answer.
+
+    It ends where the model ends its turn, as an answer that is drawn does: the line's end after it, which many
+    templates write, is left out.
+    """
     if not before or before[-1]["role"] == "assistant":
         what = "ends with the assistant's turn" if before else "is empty: the answers have no common first turns"
         raise DataError(f"prompt: it {what}; it must end with what the answers answer")
@@ -207,7 +214,8 @@ def _answer(tokenizer: Any, before: list[dict[str, Any]], turns: list[dict[str, 
     if not np.array_equal(whole.input_ids[:begins], first.input_ids[:begins]):
         raise DataError(f"{name}: the chat template writes the prompt otherwise once the conversation goes on")
     labels = np.where(np.arange(len(whole)) < begins, IGNORED, whole.labels).astype(np.int32)
-    return dataclasses.replace(whole, labels=labels, prompt=begins)
+    ends = int(np.flatnonzero(labels != IGNORED)[-1]) + 1
+    return dataclasses.replace(whole, input_ids=whole.input_ids[:ends], labels=labels[:ends], prompt=begins)
 
 
 def columns_of(count: int) -> tuple[str, ...]:
