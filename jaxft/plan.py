@@ -203,7 +203,7 @@ def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainSta
 
 
 def abstract_base(source: str, merged: bool, **options: Any) -> Any:
-    """Return the model of a folder, hub id or run, as shapes: with a run's adapters, of which none is read, or merged."""
+    """Return the model of a folder, hub id or run, as shapes; adapters of runs are not read but made, or merged."""
     run = RunFolder(source)
     if not run.started:
         return load_model(resolve(source, weights=False), **options, abstract=True)
