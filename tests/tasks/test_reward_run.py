@@ -5,13 +5,16 @@ import os
 
 import jax
 import numpy as np
+import optax
 import pytest
 from texts import make_tokenizer
 
 import jaxft
 from jaxft import cli
 from jaxft.config import load_config
-from jaxft.losses.comparisons import answer_scores
+from jaxft.losses.comparisons import answer_scores, make_reward_loss
+from jaxft.models.hub import fresh_model
+from jaxft.models.sharing import with_head
 from jaxft.tasks.registry import task_of
 from jaxft.testing import tiny_bert, tiny_gpt2, tiny_llama
 
@@ -234,3 +237,25 @@ def test_one_forward_pass_scores_both(done, run):
     for i, row in enumerate(rows[:2]):
         for k, answer in enumerate(row.answers):
             np.testing.assert_allclose(scores[i, k], model(answer.input_ids[None])[0, 0], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_eight_devices_do_what_one_does(axes):
+    """Two steps with two micro-batches, at a learning rate that moves the scores."""
+    rng, batch = np.random.default_rng(0), {}
+    for name in ("chosen", "rejected"):
+        mask = np.ones((16, 12), np.int32)
+        mask[::3, 8:] = 0
+        ids = rng.integers(2, 64, (16, 12)).astype(np.int32)
+        batch |= {f"{name}_input_ids": ids, f"{name}_attention_mask": mask}
+    found = []
+    for mesh in (None, jaxft.make_mesh(**axes)):
+        model = with_head(fresh_model(tiny_llama().config.replace(mesh=mesh), 0), ("score",))
+        state = jaxft.TrainState.create(model, jaxft.LoRA(r=2), optax.sgd(1.0))
+        step = jaxft.make_train_step(make_reward_loss(centering=0.1), accumulate=2)
+        for _ in range(2):
+            state, metrics = step(state, batch)
+            found.append([float(metrics[name]) for name in ("loss", "margin", "grad_norm")])
+    np.testing.assert_allclose(found[2:], found[:2], rtol=1e-5, atol=1e-5)
+    assert abs(found[0][0] - found[1][0]) > 1e-2
