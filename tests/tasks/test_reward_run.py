@@ -45,7 +45,7 @@ def place(tmp_path_factory):
     where = tmp_path_factory.mktemp("place")
     jaxft.save_model(tiny_llama(vocab_size=300, eos_token_id=1), where / "base", make_tokenizer())
     jsonl(where / "pairs.jsonl", PAIRS)
-    jsonl(where / "held.jsonl", PAIRS[:5])
+    jsonl(where / "held.jsonl", [{**PAIRS[0], "chosen": " cat on the mat"}, *PAIRS[1:5]])  # a long one first
     jsonl(where / "lists.jsonl", LISTS)
     (where / "reward.yaml").write_text(CONFIG)
     return where
@@ -79,7 +79,7 @@ def test_a_run_learns_the_order_and_leaves_what_it_should(done):
     assert 0 <= said["after"]["eval_calibration_error"] <= 0.5 and said["after"]["eval_brier"] < 0.25
     assert all((done / "report" / name).is_file() for name in ("curves.png", "scores.png"))
     samples = [json.loads(line) for line in (done / "samples.jsonl").read_text().splitlines()]
-    assert (samples[0]["prompt"], samples[0]["expected"]) == ("the cat", " cat >  mat is")
+    assert (samples[0]["prompt"], samples[0]["expected"]) == ("the cat", " cat on the mat >  mat is")
     assert [len(row["answer"].split(" > ")) for row in samples] == [2] * 6
 
 
@@ -100,6 +100,9 @@ def test_the_figures_are_those_of_the_scores(done, run):
     assert after["eval_margin"] == pytest.approx(apart.mean(), abs=1e-5)
     assert after["eval_loss"] == pytest.approx(np.log1p(np.exp(-apart)).mean(), abs=1e-5)
     assert after["eval_chosen_score"] == pytest.approx(scores[:, 0].mean(), abs=1e-5)
+    samples = [json.loads(line)["answer"] for line in (done / "samples.jsonl").read_text().splitlines()]
+    shown = [float(x) for row in samples[-2:] for x in row.split(" > ")]
+    assert shown == pytest.approx(scores[[0, 2]].ravel(), abs=6e-4)  # each row has its own
 
 
 def test_it_is_exported_whole_and_as_an_adapter(done, run, place):
