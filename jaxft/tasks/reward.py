@@ -30,11 +30,7 @@ class RewardModelling(OfComparisons):
 
     formats = ("preference", "ranking")
     unit = "mean over rows"
-    shown: ClassVar[Mapping[str, str]] = {
-        "accuracy": "pairs ranked right (share)",
-        "brier": "Brier score",
-        "calibration_error": "calibration error",
-    }
+    shown: ClassVar[Mapping[str, str]] = {"accuracy": "pairs ranked right (share)"}
 
     @property
     def options(self) -> RewardModel:
