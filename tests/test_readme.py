@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     return where
 
 
+@pytest.mark.slow
 def test_the_code_runs(folder, monkeypatch, capsys):
     assert len(BLOCKS) == 7
     monkeypatch.chdir(folder)
