@@ -48,7 +48,7 @@ def found(loss, **leaves):
 
 def classifier():
     """The base with a head of one score."""
-    base = peers.base_model("llama")
+    base = peers.base_model("llama")  # and with it the seed of the head
     model = transformers.LlamaForSequenceClassification(peers.llama(num_labels=1)).eval()
     model.model.load_state_dict(base.model.state_dict())
     peers.roughen([model.score.weight], 0.5)
