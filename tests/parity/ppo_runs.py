@@ -22,7 +22,7 @@ RUNS = {
         "lam": 0.8,
         "whiten": True,
         "epochs": 3,
-        "rate": 0.003,
+        "rate": 0.001,
         "clip": 0.1,
     },
 }
