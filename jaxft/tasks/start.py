@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..models.hub import fresh_model, read_config, read_shape, resolve
 from ..parallel import make_mesh
 from ..parallel.rules import batch_devices
 from ..run import RunFolder
-from ..train.optimizer import in_phases, make_optimizer, make_schedule
+from ..train.optimizer import by_step, in_phases, make_optimizer, make_schedule
 from ..train.state import TrainState
 
 
@@ -70,21 +71,24 @@ def load_state(
         labels: Classes of a head that the model gets; (): it gets none.
         more: What the task trains besides the method.
     """
-    run = base_of(config)
-    method = config.make_method()
+    model = load_base(config, base_of(config), choose_remat(config), mesh, labels)
+    return begin(config, model, optimizer_of(config, steps), more=more)
+
+
+def begin(config: Config, model: Any, tx: Any, *, more: Method | None = None) -> TrainState:
+    """Return the first state of a run over the model that it begins with; see `load_state`."""
+    run, method, name = base_of(config), config.make_method(), free_name(model)
     method = method | more if method is not None and more is not None else method
-    model = load_base(config, run, choose_remat(config), mesh, labels)
-    name = free_name(model)
     if method is None:
         if run is None or run.model.is_dir():
             raise RunError("method is left out: it may be, where model.path is a run with an adapter to go on with")
         method = run.config().make_method() or _inherited(run)
         name = next(reversed(adapters(model)), "default")
         kept = None if name in adapters(model) else method
-        return TrainState.create(model, kept, optimizer_of(config, steps), seed=config.train.seed, name=name)
+        return TrainState.create(model, kept, tx, seed=config.train.seed, name=name)
     if adapters(model) and any(isinstance(part, Full) for part in parts_of(method)):
         model, name = merge(model), "default"
-    return TrainState.create(model, method, optimizer_of(config, steps), seed=config.train.seed, name=name)
+    return TrainState.create(model, method, tx, seed=config.train.seed, name=name)
 
 
 def _inherited(run: RunFolder) -> Method:
@@ -177,13 +181,19 @@ def choose_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | 
 
 def optimizer_of(config: Config, steps: int) -> Any:
     """Return the optimiser of a config."""
+    made = [_optimizer(config, schedule) for schedule in _schedules(config, steps)]
+    return made[0] if len(made) == 1 else in_phases(made[0], made[1], first_phase(config))
+
+
+def optimizer_by_step(config: Config, steps: int) -> Any:
+    """Return the optimiser of a config whose steps update several times: see `by_step`."""
+    return by_step(partial(_optimizer, config), schedule_of(config, steps))
+
+
+def _optimizer(config: Config, schedule: Any) -> Any:
     o = config.optimizer
     moments = {"b1": o.b1, "b2": o.b2, "eps": o.eps}
-    made = [
-        make_optimizer(o.name, schedule, weight_decay=o.weight_decay, clip_norm=o.clip_norm, **moments)
-        for schedule in _schedules(config, steps)
-    ]
-    return made[0] if len(made) == 1 else in_phases(made[0], made[1], first_phase(config))
+    return make_optimizer(o.name, schedule, weight_decay=o.weight_decay, clip_norm=o.clip_norm, **moments)
 
 
 def schedule_of(config: Config, steps: int) -> Any:

@@ -95,10 +95,9 @@ def value_model(model: Any) -> Any:
     ((1, 2, 1), 0.0)
     """
     critic = with_head(model, ("value",))
-    for path, variable in variables(critic).items():
+    for variable in variables(critic).values():
         if variable.get_metadata("new", False):
             variable.set_value(jnp.zeros_like(variable.get_value()))
-            del path
     return critic
 
 
