@@ -50,7 +50,7 @@ def chunked_cross_entropy(
         hidden = jnp.where((labels != IGNORED)[..., None], hidden, 0)
         return cross_entropy(whole.head(hidden, key=key), labels, reduction="sum")
 
-    chunks = _split(model, hidden, labels, chunk)
+    chunks = split_positions(model, hidden, labels, chunk)
     jaxpr = jax.make_jaxpr(loss)(dict(enumerate(leaves)), key, 0, *(x[0] for x in chunks)).jaxpr
     read = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     head = {i: leaf for i, leaf in enumerate(leaves) if id(jaxpr.invars[i]) in read}
@@ -85,12 +85,12 @@ def chunked_figures(
         right = (logits.argmax(-1) == labels) & (labels != IGNORED)
         return cross_entropy(logits, labels, reduction="sum"), right.sum().astype(jnp.float32)
 
-    chunks = _split(model, hidden, labels, None)
+    chunks = split_positions(model, hidden, labels, None)
     total, hits = jax.lax.map(figures, (jnp.arange(len(chunks[0])), *chunks))
     return total.sum(), hits.sum()
 
 
-def _split(model: Any, hidden: jax.Array, labels: jax.Array, chunk: int | None) -> tuple[jax.Array, jax.Array]:
+def split_positions(model: Any, hidden: jax.Array, labels: jax.Array, chunk: int | None) -> tuple[jax.Array, jax.Array]:
     """Return hidden states `[chunks, B, t, D]` and labels `[chunks, B, t]`, filled up with zeros and -100."""
     length = hidden.shape[1]
     if chunk is None:
