@@ -134,9 +134,10 @@ INSIDE = {
 INSIDE["methods"] += ["report", "merge", "average", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
 INSIDE["interop"] += ["export", "sentence_transformers", "__init__"]
-INSIDE["data"] += ["labels", "columns", "pixels", "image_files", "images", "augment", "regions", "__init__"]
+INSIDE["data"] += ["labels", "columns", "prompts", "pixels", "image_files", "images", "augment", "regions", "__init__"]
 INSIDE["train"] += ["trackers", "stop", "lock", "memory", "__init__"]
 INSIDE["tasks"] += ["images", "registry", "fingerprints", "train", "embed", "use"]
+INSIDE["rewards"] = ["answers", "named", "functions", "models", "make", "__init__"]
 INSIDE["compare"] = ["contestants", "runs", "table", "picture", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -195,6 +196,7 @@ def test_public_names():
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
         *("PTuning", "PTuningV2", "PrefixTuning", "PromptTuning"),
         *("IA3", "save_serving", "save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
+        *("RewardError", "rewards"),
         *("add_weighted_adapter", "average_adapters", "embed", "save_sentence_transformer"),
     }
 

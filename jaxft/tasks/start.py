@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from ..config import Config
 from ..errors import ConfigError, DataError, MeshError, RunError, refuse
-from ..loading import free_name, load, load_run, load_tokenizer, with_config, with_pooling
+from ..loading import free_name, load, load_run, load_tokenizer, root_folder, with_config, with_pooling
 from ..methods import Full, Method
 from ..methods.merge import merge
 from ..methods.method import adapters, parts_of
@@ -32,10 +32,7 @@ def base_of(config: Config) -> RunFolder | None:
 
 def base_folder(config: Config) -> Path:
     """Return the folder of the model that everything begins with: that of the last of the runs that lie over it."""
-    at = RunFolder(config.model.source)
-    while at.started and not at.model.is_dir():
-        at = RunFolder(at.config().model.source)  # the adapter's base may be a run too
-    return at.model if at.started else resolve(at.path)
+    return root_folder(config.model.source)
 
 
 def base_shape(config: Config) -> Any:
