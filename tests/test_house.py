@@ -28,7 +28,7 @@ ROWS = [
     ["rewards"],
     ["similarity"],
     ["probes"],
-    ["report", "embedding_picture"],
+    ["report", "embedding_picture", "learning_picture"],
     ["tasks"],
     ["flops"],
     ["plan"],
@@ -113,7 +113,7 @@ INSIDE = {
         "grpo",
         "__init__",
     ],
-    "generation": ["sampling", "generate", "__init__"],
+    "generation": ["sampling", "generate", "rollout", "__init__"],
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing"],
     "config": ["tree", "schema", "load", "__init__"],
     "tasks": ["__init__", "start", "task", "sft", "texts", "pictures", "classify", "contrastive"],
@@ -135,9 +135,8 @@ INSIDE["methods"] += ["report", "merge", "average", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
 INSIDE["interop"] += ["export", "sentence_transformers", "__init__"]
 INSIDE["data"] += ["labels", "columns", "prompts", "pixels", "image_files", "images", "augment", "regions", "__init__"]
-INSIDE["train"] += ["policy", "scoring", "experience", "ppo", "grpo"]
-INSIDE["train"] += ["trackers", "stop", "lock", "memory", "__init__"]
-INSIDE["tasks"] += ["images", "registry", "fingerprints", "train", "embed", "use"]
+INSIDE["train"] += ["trackers", "stop", "lock", "memory", "policy", "scoring", "experience", "ppo", "grpo", "__init__"]
+INSIDE["tasks"] += ["images", "rollouts", "prompts", "ppo", "grpo", "registry", "fingerprints", "train", "embed", "use"]
 INSIDE["rewards"] = ["answers", "named", "functions", "models", "make", "__init__"]
 INSIDE["compare"] = ["contestants", "runs", "table", "picture", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))

@@ -239,6 +239,8 @@ def _of_task(tree: dict[str, Any], data: Any, evaluation: Any) -> Iterator[tuple
     for name in FORMATS:
         if name != task and tree.get(name) is not None:
             yield (name,), f"this section is for task: {name}, and the task is {task}"
+    if task in ("ppo", "grpo") and tree.get(task) is None:
+        yield (task,), f"it is missing: answers need a reward, as in `{task}: {{reward: runs/reward}}`"
     if task != "sft":
         if data.get("packing") is True:
             yield ("data", "packing"), f"only task: sft packs rows, and the task is {task}"

@@ -5,6 +5,7 @@ from ..errors import ConfigError
 from .classify import ImageClassification, TextClassification
 from .contrastive import TextContrast
 from .images import ImageContrast, RegionContrast
+from .ppo import PolicyOptimization
 from .sft import SupervisedTuning
 from .task import Task
 
@@ -12,6 +13,7 @@ TASKS: dict[str, tuple[type[Task], ...]] = {
     "sft": (SupervisedTuning,),
     "classify": (TextClassification, ImageClassification),
     "contrastive": (TextContrast, ImageContrast, RegionContrast),
+    "ppo": (PolicyOptimization,),
 }
 
 

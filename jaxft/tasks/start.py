@@ -95,25 +95,43 @@ def _inherited(run: RunFolder) -> Method:
 
 
 def load_base(
-    config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None = None, labels: tuple[str, ...] = ()
+    config: Config,
+    run: RunFolder | None,
+    remat: str,
+    mesh: Mesh | None = None,
+    labels: tuple[str, ...] = (),
+    over: Any = None,
 ) -> Any:
     """Return the model that a config begins with: loaded, a run's, or random by its `config.json` alone.
 
     With `labels` it has a head of these classes, and its vectors are pooled as the head reads them; with
-    `model.pooling` both are pooled so.
+    `model.pooling` both are pooled so. `over`: of a run with an adapter, the model of `load_bare` that it shares.
     """
-    model = _load_base(config, run, remat, mesh, labels)
+    model = _load_base(config, run, remat, mesh, labels, over)
     if config.model.pooling is not None:
         return with_pooling(model, config.model.pooling)
     return with_config(model, pooling=model.reads) if labels and model.config.head_pooling is None else model
 
 
-def _load_base(config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None, labels: tuple[str, ...]) -> Any:
+def load_bare(config: Config, mesh: Mesh | None) -> Any:
+    """Return the model that everything begins with, in the dtype of the runs over it, without their adapters."""
+    at, dtype = base_of(config), dtype_of(config)
+    if at is None:
+        return load_base(config, None, choose_remat(config), mesh)
+    while at is not None and not at.model.is_dir():
+        began = at.config()
+        at, dtype = base_of(began), dtype or began.model.dtype
+    return load(base_folder(config), dtype=dtype, remat=choose_remat(config), mesh=mesh)[0]
+
+
+def _load_base(
+    config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None, labels: tuple[str, ...], over: Any
+) -> Any:
     path = config.model.source
     options: dict[str, Any] = {"dtype": dtype_of(config), "remat": remat, "mesh": mesh}
     head: dict[str, Any] = {"labels": labels} if labels else {}
     if run is not None:
-        return load_run(run, **options, **head)[0]
+        return load_run(run, **options, **head, over=over)[0]
     if config.model.init == "random":
         return fresh_model(read_config(resolve(path), **options, **head, source=path), config.train.seed)
     if config.model.config is not None:

@@ -69,6 +69,10 @@ class Task:
         """The loss of a step."""
         raise NotImplementedError
 
+    def check_config(self) -> None:
+        """Refuse options that do not go together: before anything is read."""
+        _ = self.loss
+
     def load_data(self, *, train: bool = True) -> Data:
         """Read the rows; every bad one is named before a model is loaded.
 
