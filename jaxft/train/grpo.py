@@ -11,7 +11,7 @@ import optax
 from ..generation.rollout import Rollout
 from ..losses.grpo import group_advantages, grpo_loss
 from ..losses.log_probs import token_log_probs
-from ..losses.ppo import kl_penalty, masked_mean
+from ..losses.ppo import kl_penalty
 from ..models.placement import mesh_of
 from ..parallel.rules import constrain
 from .experience import dealt
@@ -160,9 +160,11 @@ def prepared(options: GrpoOptions, drawn: Drawn) -> tuple[dict[str, Any], Metric
         "response_length": rollout.lengths.mean(),
         "ended": rollout.ended.mean(),
         "trained_tokens": tokens,
+        "drawn_tokens": tokens,
     }
     if drawn.log_probs is not None and drawn.ref_log_probs is not None:
-        figures["kl"] = masked_mean(kl_penalty(drawn.log_probs, drawn.ref_log_probs, kind="k3", mask=mask), mask)
+        kl = kl_penalty(drawn.log_probs, drawn.ref_log_probs, kind="k3", mask=mask)
+        figures["kl"] = kl.sum(1).mean()  # nats an answer
     return batch, figures
 
 
