@@ -28,7 +28,7 @@ ROWS = [
     ["rewards"],
     ["similarity"],
     ["probes"],
-    ["report", "embedding_picture"],
+    ["report", "embedding_picture", "learning_picture"],
     ["tasks"],
     ["flops"],
     ["plan"],
@@ -113,7 +113,7 @@ INSIDE = {
         "grpo",
         "__init__",
     ],
-    "generation": ["sampling", "generate", "__init__"],
+    "generation": ["sampling", "generate", "rollout", "__init__"],
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing"],
     "config": ["tree", "schema", "load", "__init__"],
     "tasks": ["__init__", "start", "task", "sft", "texts", "pictures", "classify", "contrastive"],
@@ -134,9 +134,10 @@ INSIDE = {
 INSIDE["methods"] += ["report", "merge", "average", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
 INSIDE["interop"] += ["export", "sentence_transformers", "__init__"]
-INSIDE["data"] += ["labels", "columns", "pixels", "image_files", "images", "augment", "regions", "__init__"]
-INSIDE["train"] += ["trackers", "stop", "lock", "memory", "__init__"]
-INSIDE["tasks"] += ["images", "registry", "fingerprints", "train", "embed", "use"]
+INSIDE["data"] += ["labels", "columns", "prompts", "pixels", "image_files", "images", "augment", "regions", "__init__"]
+INSIDE["train"] += ["trackers", "stop", "lock", "memory", "policy", "scoring", "experience", "ppo", "grpo", "__init__"]
+INSIDE["tasks"] += ["images", "rollouts", "prompts", "ppo", "grpo", "registry", "fingerprints", "train", "embed", "use"]
+INSIDE["rewards"] = ["answers", "named", "functions", "models", "make", "__init__"]
 INSIDE["compare"] = ["contestants", "runs", "table", "picture", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -195,6 +196,7 @@ def test_public_names():
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
         *("PTuning", "PTuningV2", "PrefixTuning", "PromptTuning"),
         *("IA3", "save_serving", "save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
+        *("RewardError", "rewards"),
         *("add_weighted_adapter", "average_adapters", "embed", "save_sentence_transformer"),
     }
 

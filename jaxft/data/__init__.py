@@ -7,6 +7,7 @@ from .formats import FORMATS, prompt_and_completion
 from .images import ImageDataset, load_images
 from .packing import PackedBatches, pack
 from .pixels import ImageProcessor, read_processor
+from .prompts import Prompt, collate_prompts, load_prompts, numbered
 from .regions import RegionDataset, load_regions, region_features
 from .rows import read_rows
 from .source import Dataset, load_dataset
@@ -22,6 +23,7 @@ __all__ = [
     "ImageDataset",
     "ImageProcessor",
     "PackedBatches",
+    "Prompt",
     "Reading",
     "RegionDataset",
     "Template",
@@ -29,12 +31,15 @@ __all__ = [
     "TrainBatches",
     "augment",
     "collate",
+    "collate_prompts",
     "collate_texts",
     "eval_batches",
     "load_columns",
     "load_dataset",
     "load_images",
+    "load_prompts",
     "load_regions",
+    "numbered",
     "pack",
     "prompt_and_completion",
     "read_processor",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import DataError
-from .tokens import Example, end_token, example
+from .tokens import Example, continuing, end_token, example
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private characters: no template and no text has a use for them
@@ -68,18 +68,22 @@ def check_template(tokenizer: Any) -> None:
     """Refuse a tokenizer that cannot render conversations."""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            "the rows are `messages`, but the tokenizer has no chat template: use the tokenizer of a chat model, set "
-            "tokenizer.chat_template and save it into the model's folder, or give the rows as prompt_completion"
+            "the rows are conversations, but the tokenizer has no chat template: use the tokenizer of a chat model, "
+            "set tokenizer.chat_template and save it into the model's folder, or give the rows as plain text"
         )
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError("`messages` need a fast tokenizer (tokenizer.json), which tells where each token stands")
+        raise DataError("conversations need a fast tokenizer (tokenizer.json), which tells where each token stands")
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """Return the ids that ask the assistant for its next turn."""
+    return continuing(tokenizer, asking(tokenizer, messages))
+
+
+def asking(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+    """Return the text that asks the assistant for its next turn, special tokens written out."""
     check_template(tokenizer)
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
 
 def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:

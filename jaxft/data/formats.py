@@ -48,14 +48,7 @@ def _prompt_completion(tokenizer: Any, fields: Mapping[str, Any], template: Temp
 
 def _messages(tokenizer: Any, fields: Mapping[str, Any], template: Template) -> Example:
     del template
-    turns = fields.get("messages")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
-        raise DataError(f"messages: a list of turns is expected, {_lacks('messages', fields)}")
-    if any(turn.get("tool_calls") for turn in turns):
-        raise DataError(
-            "messages: tool_calls are not supported: leave the conversation out, or write the call as content"
-        )
-    said = [{**turn, "role": _role(turn), "content": text_of(turn, "content", empty=True)} for turn in turns]
+    said = turns_of(fields, "messages")
     answers = [turn["content"] for turn in said if turn["role"] == "assistant"]
     if not any(answer.strip() for answer in answers):
         raise DataError("messages: the assistant says nothing in this conversation, so nothing would be trained")
@@ -82,10 +75,26 @@ FORMATS: dict[str, Encode] = {
 }
 
 
-def _role(turn: Mapping[str, Any]) -> str:
+def turns_of(fields: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return a column that must hold a conversation: turns of role and content.
+
+    Raises:
+        DataError: It is missing, no list of turns, or one of them has no role, an unknown one, or no content.
+    """
+    turns = fields.get(name)
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise DataError(f"{name}: a list of turns is expected, {_lacks(name, fields)}")
+    if any(turn.get("tool_calls") for turn in turns):
+        raise DataError(
+            f"{name}: tool_calls are not supported: leave the conversation out, or write the call as content"
+        )
+    return [{**turn, "role": _role(turn, name), "content": text_of(turn, "content", empty=True)} for turn in turns]
+
+
+def _role(turn: Mapping[str, Any], name: str) -> str:
     role = text_of(turn, "role")
     if role not in ROLES:
-        raise DataError(f"messages: unknown role {role!r}; there are {', '.join(ROLES)}")
+        raise DataError(f"{name}: unknown role {role!r}; there are {', '.join(ROLES)}")
     return role
 
 

@@ -22,7 +22,8 @@ class Dataset:
         name: What the source is called in figures.
         weight: Its share of a mixture, relative to the others'.
         skipped: Rows that were bad and left out, because that was asked for.
-        dropped: Rows whose answer lies wholly past `max_length`, so that nothing of them could be trained.
+        dropped: Rows whose answer lies wholly past `max_length`, so that nothing of them could be trained; prompts
+            that are longer.
         cut: Number of rows of which a part is trained and a part cut off.
     """
 

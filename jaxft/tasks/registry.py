@@ -4,7 +4,9 @@ from ..config import Config
 from ..errors import ConfigError
 from .classify import ImageClassification, TextClassification
 from .contrastive import TextContrast
+from .grpo import GroupOptimization
 from .images import ImageContrast, RegionContrast
+from .ppo import PolicyOptimization
 from .sft import SupervisedTuning
 from .task import Task
 
@@ -12,6 +14,8 @@ TASKS: dict[str, tuple[type[Task], ...]] = {
     "sft": (SupervisedTuning,),
     "classify": (TextClassification, ImageClassification),
     "contrastive": (TextContrast, ImageContrast, RegionContrast),
+    "ppo": (PolicyOptimization,),
+    "grpo": (GroupOptimization,),
 }
 
 

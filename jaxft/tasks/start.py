@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 
 from ..config import Config
 from ..errors import ConfigError, DataError, MeshError, RunError, refuse
-from ..loading import free_name, load, load_run, load_tokenizer, with_config, with_pooling
+from ..loading import free_name, load, load_run, load_tokenizer, root_folder, with_config, with_pooling
 from ..methods import Full, Method
 from ..methods.merge import merge
 from ..methods.method import adapters, parts_of
@@ -19,7 +20,7 @@ from ..models.hub import fresh_model, read_config, read_shape, resolve
 from ..parallel import make_mesh
 from ..parallel.rules import batch_devices
 from ..run import RunFolder
-from ..train.optimizer import in_phases, make_optimizer, make_schedule
+from ..train.optimizer import by_step, in_phases, make_optimizer, make_schedule
 from ..train.state import TrainState
 
 
@@ -31,10 +32,7 @@ def base_of(config: Config) -> RunFolder | None:
 
 def base_folder(config: Config) -> Path:
     """Return the folder of the model that everything begins with: that of the last of the runs that lie over it."""
-    at = RunFolder(config.model.source)
-    while at.started and not at.model.is_dir():
-        at = RunFolder(at.config().model.source)  # the adapter's base may be a run too
-    return at.model if at.started else resolve(at.path)
+    return root_folder(config.model.source)
 
 
 def base_shape(config: Config) -> Any:
@@ -70,21 +68,24 @@ def load_state(
         labels: Classes of a head that the model gets; (): it gets none.
         more: What the task trains besides the method.
     """
-    run = base_of(config)
-    method = config.make_method()
+    model = load_base(config, base_of(config), choose_remat(config), mesh, labels)
+    return begin(config, model, optimizer_of(config, steps), more=more)
+
+
+def begin(config: Config, model: Any, tx: Any, *, more: Method | None = None) -> TrainState:
+    """Return the first state of a run over the model that it begins with; see `load_state`."""
+    run, method, name = base_of(config), config.make_method(), free_name(model)
     method = method | more if method is not None and more is not None else method
-    model = load_base(config, run, choose_remat(config), mesh, labels)
-    name = free_name(model)
     if method is None:
         if run is None or run.model.is_dir():
             raise RunError("method is left out: it may be, where model.path is a run with an adapter to go on with")
         method = run.config().make_method() or _inherited(run)
         name = next(reversed(adapters(model)), "default")
         kept = None if name in adapters(model) else method
-        return TrainState.create(model, kept, optimizer_of(config, steps), seed=config.train.seed, name=name)
+        return TrainState.create(model, kept, tx, seed=config.train.seed, name=name)
     if adapters(model) and any(isinstance(part, Full) for part in parts_of(method)):
         model, name = merge(model), "default"
-    return TrainState.create(model, method, optimizer_of(config, steps), seed=config.train.seed, name=name)
+    return TrainState.create(model, method, tx, seed=config.train.seed, name=name)
 
 
 def _inherited(run: RunFolder) -> Method:
@@ -94,25 +95,43 @@ def _inherited(run: RunFolder) -> Method:
 
 
 def load_base(
-    config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None = None, labels: tuple[str, ...] = ()
+    config: Config,
+    run: RunFolder | None,
+    remat: str,
+    mesh: Mesh | None = None,
+    labels: tuple[str, ...] = (),
+    over: Any = None,
 ) -> Any:
     """Return the model that a config begins with: loaded, a run's, or random by its `config.json` alone.
 
     With `labels` it has a head of these classes, and its vectors are pooled as the head reads them; with
-    `model.pooling` both are pooled so.
+    `model.pooling` both are pooled so. `over`: of a run with an adapter, the model of `load_bare` that it shares.
     """
-    model = _load_base(config, run, remat, mesh, labels)
+    model = _load_base(config, run, remat, mesh, labels, over)
     if config.model.pooling is not None:
         return with_pooling(model, config.model.pooling)
     return with_config(model, pooling=model.reads) if labels and model.config.head_pooling is None else model
 
 
-def _load_base(config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None, labels: tuple[str, ...]) -> Any:
+def load_bare(config: Config, mesh: Mesh | None) -> Any:
+    """Return the model that everything begins with, in the dtype of the runs over it, without their adapters."""
+    at, dtype = base_of(config), dtype_of(config)
+    if at is None:
+        return load_base(config, None, choose_remat(config), mesh)
+    while at is not None and not at.model.is_dir():
+        began = at.config()
+        at, dtype = base_of(began), dtype or began.model.dtype
+    return load(base_folder(config), dtype=dtype, remat=choose_remat(config), mesh=mesh)[0]
+
+
+def _load_base(
+    config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None, labels: tuple[str, ...], over: Any
+) -> Any:
     path = config.model.source
     options: dict[str, Any] = {"dtype": dtype_of(config), "remat": remat, "mesh": mesh}
     head: dict[str, Any] = {"labels": labels} if labels else {}
     if run is not None:
-        return load_run(run, **options, **head)[0]
+        return load_run(run, **options, **head, over=over)[0]
     if config.model.init == "random":
         return fresh_model(read_config(resolve(path), **options, **head, source=path), config.train.seed)
     if config.model.config is not None:
@@ -177,13 +196,19 @@ def choose_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | 
 
 def optimizer_of(config: Config, steps: int) -> Any:
     """Return the optimiser of a config."""
+    made = [_optimizer(config, schedule) for schedule in _schedules(config, steps)]
+    return made[0] if len(made) == 1 else in_phases(made[0], made[1], first_phase(config))
+
+
+def optimizer_by_step(config: Config, steps: int) -> Any:
+    """Return the optimiser of a config whose steps update several times: see `by_step`."""
+    return by_step(partial(_optimizer, config), schedule_of(config, steps))
+
+
+def _optimizer(config: Config, schedule: Any) -> Any:
     o = config.optimizer
     moments = {"b1": o.b1, "b2": o.b2, "eps": o.eps}
-    made = [
-        make_optimizer(o.name, schedule, weight_decay=o.weight_decay, clip_norm=o.clip_norm, **moments)
-        for schedule in _schedules(config, steps)
-    ]
-    return made[0] if len(made) == 1 else in_phases(made[0], made[1], first_phase(config))
+    return make_optimizer(o.name, schedule, weight_decay=o.weight_decay, clip_norm=o.clip_norm, **moments)
 
 
 def schedule_of(config: Config, steps: int) -> Any:
