@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from ..errors import ConfigError, JaxftError, nearest, refuse
 from ..methods import METHODS
-from .schema import FORMATS, Config, frozen, keys_at, make_one
+from .schema import FORMATS, Config, Grpo, Train, frozen, keys_at, make_one
 from .tree import Path, Places, dotted, parse, path_of, place_of, put
 
 KINDS = {
@@ -243,6 +243,12 @@ def _of_task(tree: dict[str, Any], data: Any, evaluation: Any) -> Iterator[tuple
     for name in FORMATS:
         if name != task and tree.get(name) is not None:
             yield (name,), f"this section is for task: {name}, and the task is {task}"
+    grpo, train = (section if isinstance(section := tree.get(key), dict) else {} for key in ("grpo", "train"))
+    size = grpo.get("group_size", Grpo.model_fields["group_size"].default)
+    rows = train.get("batch_size", Train.model_fields["batch_size"].default)
+    if task == "grpo" and type(size) is int and type(rows) is int and size > 1 and rows % size:
+        what = f"{rows} answers are no whole number of groups of {size} (grpo.group_size): take a multiple of {size}"
+        yield ("train", "batch_size"), what
     if task in ("ppo", "grpo") and tree.get(task) is None:
         yield (task,), f"it is missing: answers need a reward, as in `{task}: {{reward: runs/reward}}`"
     if task != "sft":

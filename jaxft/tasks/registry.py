@@ -4,6 +4,7 @@ from ..config import Config
 from ..errors import ConfigError
 from .classify import ImageClassification, TextClassification
 from .contrastive import TextContrast
+from .grpo import GroupOptimization
 from .images import ImageContrast, RegionContrast
 from .ppo import PolicyOptimization
 from .sft import SupervisedTuning
@@ -14,6 +15,7 @@ TASKS: dict[str, tuple[type[Task], ...]] = {
     "classify": (TextClassification, ImageClassification),
     "contrastive": (TextContrast, ImageContrast, RegionContrast),
     "ppo": (PolicyOptimization,),
+    "grpo": (GroupOptimization,),
 }
 
 

@@ -13,7 +13,7 @@ from ..generation.generate import stops_of
 from ..generation.rollout import Rollout, draw_answers, stopping_of
 from ..models.placement import mesh_of
 from ..parallel.rules import batch_devices, repeated, rows_sharding
-from ..rewards import Answers, Reward
+from ..rewards import Answers, ExactAnswer, Reward
 from ..train.scoring import log_probs_of
 from .task import Data
 
@@ -68,13 +68,16 @@ class Drawing:
         )
 
     def scored(self, answers: Answers) -> tuple[np.ndarray[Any, Any], Figures]:
-        """Return the reward of each answer `[B]`, and of several rewards what each says, by the name of its figure.
+        """Return the reward of each answer `[B]`, and figures of each answer: what each of several rewards says, and
+        `accuracy` where one is whether the answer is right.
 
         Raises:
             RewardError: A reward that is not one finite number for each answer.
         """
         each = self.reward.each(answers)
-        return self.reward.total(each), {f"reward_{name}": x for name, x in each.items()} if len(each) > 1 else {}
+        figures = {f"reward_{name}": x for name, x in each.items()} if len(each) > 1 else {}
+        right = [part.name for part in self.reward.parts if isinstance(part.scorer, ExactAnswer)]
+        return self.reward.total(each), {**figures, **({"accuracy": each[right[0]]} if right else {})}
 
     def measured(
         self, model: Any, reference: Any, batch: Batch, key: jax.Array

@@ -193,7 +193,10 @@ def spread(rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
     return rows if limit is None or len(rows) <= limit else [rows[i * len(rows) // limit] for i in range(limit)]
 
 
-def steps_of(config: Config, sources: Iterable[Dataset]) -> int:
-    """Return how many steps a run of padded rows has: as asked for, or enough to see each row `epochs` times."""
+def steps_of(config: Config, sources: Iterable[Dataset], rows: int | None = None) -> int:
+    """Return how many steps a run of padded rows has: as asked for, or enough to see each row `epochs` times.
+
+    `rows`: of a step, where these are not `train.batch_size`.
+    """
     t = config.train
-    return t.steps or math.ceil((t.epochs or 1) * sum(map(len, sources)) / t.batch_size)
+    return t.steps or math.ceil((t.epochs or 1) * sum(map(len, sources)) / (rows or t.batch_size))

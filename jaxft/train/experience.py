@@ -123,14 +123,18 @@ def prepared(
     return batch, figures
 
 
-def dealt(key: jax.Array, rows: int, options: PpoOptions) -> jax.Array:
-    """Return which rows each update sees `[epochs * minibatches, rows / minibatches]`: each row once an epoch."""
+def dealt(key: jax.Array, rows: int, epochs: int, minibatches: int) -> jax.Array:
+    """Return which rows each update sees `[epochs * minibatches, rows / minibatches]`: each row once an epoch.
+
+    >>> sorted(dealt(jax.random.key(0), 4, 1, 2).ravel().tolist())
+    [0, 1, 2, 3]
+    """
 
     def epoch(n: jax.Array) -> jax.Array:
         return jax.random.permutation(jax.random.fold_in(key, n), rows)
 
-    orders = jax.vmap(epoch)(1 + jnp.arange(options.epochs))  # 0 is the draw's own
-    return orders.reshape(options.epochs * options.minibatches, -1)
+    orders = jax.vmap(epoch)(1 + jnp.arange(epochs))  # 0 is the draw's own
+    return orders.reshape(epochs * minibatches, -1)
 
 
 def adapted(options: PpoOptions, coefficient: jax.Array, kl: jax.Array, answers: int) -> jax.Array:

@@ -98,7 +98,8 @@ def ppo_step(
     batch, figures = prepared(options, experience, kl_coefficient)
     pair = Pair(options, {role: moving[role][0] for role in ROLES}, frozen, critic_frozen, txs, step, batch)
     params, opts = {role: leaves(moving[role][0]) for role in ROLES}, {role: moving[role][1] for role in ROLES}
-    picked = dealt(jax.random.fold_in(key, step), len(experience.rewards), options)
+    order = jax.random.fold_in(key, step)
+    picked = dealt(order, len(experience.rewards), options.epochs, options.minibatches)
     (params, opts, _), said = jax.lax.scan(pair.unless_stopped, (params, opts, jnp.asarray(False)), picked)
     moving = {role: (with_leaves(pair.parts[role], params[role]), opts[role]) for role in ROLES}
     coefficient = adapted(options, kl_coefficient, figures["kl"], len(experience.rewards))

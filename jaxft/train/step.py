@@ -147,7 +147,7 @@ def train_step(
     some = jnp.maximum(weight, TINY)
     mean, grads = total / some, jax.tree.map(lambda g: g / some.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
-    update = partial(optax.with_extra_args_support(tx).update, value=mean)
+    update = partial(optax.with_extra_args_support(tx).update, value=mean, step=step)
     good = (weight > 0) & jnp.isfinite(mean) & jnp.isfinite(norm)
     params, opt_state, good = moved(update, grads, opt_state, params, good)
     metrics = {name: a / jnp.maximum(b, TINY) for name, (a, b) in sums["extra"].items()}
