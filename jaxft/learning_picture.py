@@ -14,7 +14,7 @@ PANELS = {
 def draw_learning(rows: Sequence[dict[str, Any]], title: str = "") -> Any:
     """Return a matplotlib figure: reward, KL and length of the answers over the steps, in training and held out.
 
-    Bars at the held-out rewards are one standard deviation over the prompts.
+    The band around the held-out rewards is one standard deviation over the prompts.
 
     Args:
         rows: What a run has logged.
@@ -35,9 +35,11 @@ def draw_learning(rows: Sequence[dict[str, Any]], title: str = "") -> Any:
         steps, values = _series(rows, name)
         axes.plot(steps, values, color="tab:blue", linewidth=1, marker=".", markersize=3, label="training")
         steps, values = _series(rows, f"eval_{name}")
-        spread = _series(rows, f"eval_{name}_std")[1] or None
-        if steps:
-            axes.errorbar(steps, values, spread, color="tab:orange", marker="o", capsize=3, label="held out")
+        spread = _series(rows, f"eval_{name}_std")[1]
+        axes.plot(steps, values, color="tab:orange", marker="o", label="held out")
+        if spread:
+            ends = ([v + sign * s for v, s in zip(values, spread, strict=True)] for sign in (-1, 1))
+            axes.fill_between(steps, *ends, color="tab:orange", alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel=unit, title=heading)
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)

@@ -161,6 +161,10 @@ def _method_problems(tree: dict[str, Any], places: Places) -> Iterator[tuple[Pat
             yield from (((*here, *key), what) for key, what in _option_problems(part))
         if path and holder["method"] is None and path[-1] not in METHODS:
             yield path, f"method is missing, and {path[-1]!r} is no method's name; {nearest(str(path[-1]), METHODS)}"
+    section = tree.get("ppo")
+    critic = section.get("critic") if isinstance(section, dict) else None
+    if isinstance(critic, dict):
+        yield from ((("ppo", "critic", *key), what) for key, what in _option_problems(critic))
 
 
 def _option_problems(part: Any) -> Iterator[tuple[tuple[str, ...], str]]:

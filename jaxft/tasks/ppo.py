@@ -9,13 +9,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..config.schema import Ppo, make_one
+from ..generation.rollout import Rollout, draw_answers
+from ..methods import Method
 from ..methods.partition import combine
 from ..train.experience import Experience, PpoOptions
 from ..train.policy import PpoState
 from ..train.ppo import PpoUpdate
 from ..train.scoring import log_probs_of_both, values_of
+from ..train.state import TrainState
 from ..train.step import Metrics
-from .prompts import OfPrompts
+from .prompts import OfPrompts, whole
 from .rollouts import Drawing
 from .start import base_folder, begin, optimizer_by_step
 from .task import Data
@@ -42,19 +45,47 @@ class PolicyOptimization(OfPrompts):
     def load_state(self, steps: int, mesh: Mesh | None, data: Data) -> PpoState:
         """Return the state that the run begins with, and load the models of the rewards over its base."""
         del data
+        config = self.config
         model, bare = self.load_start(mesh)
-        state = self.state_of(model, steps)
-        self.reward = self.reward.load(bare, base_folder(self.config))
+        policy = begin(config, model, optimizer_by_step(config, steps))
+        state = self.with_critic(policy, fresh=config.method is not None)
+        self.reward = self.reward.load(bare, base_folder(config))
         self.critic_positions = state.critic.frozen.positions_left()
         return state
 
-    def state_of(self, model: Any, steps: int) -> PpoState:
-        """Return the first state over the model that the stage begins with, arrays or shapes."""
-        config, p = self.config, self.rollouts
-        policy = begin(config, model, optimizer_by_step(config, steps))
+    def with_critic(self, policy: TrainState, *, fresh: bool) -> PpoState:
+        """Return the state of a policy before step 0 with what learning from rewards needs besides."""
+        p = self.rollouts
         method = policy.method if p.critic is None else make_one(p.critic)
-        options: dict[str, Any] = {"seed": config.train.seed, "kl": p.kl_coefficient}
-        return PpoState.begin(policy, method, policy.tx, fresh=config.method is not None, **options)
+        return PpoState.begin(policy, method, policy.tx, seed=self.config.train.seed, kl=p.kl_coefficient, fresh=fresh)
+
+    def planned_state(self, model: Any, method: Method, steps: int) -> PpoState:
+        """Return the state that a run begins with, for a plan."""
+        policy = TrainState.create(model, method, optimizer_by_step(self.config, steps))
+        return self.with_critic(policy, fresh=True)
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the widest answers to learn from, as shapes."""
+        rows, room = self.config.train.batch_size, self.rollouts.max_new_tokens
+        ids = jax.ShapeDtypeStruct((rows, whole(self.config.data.max_length) + room), jnp.int32)
+        places, row = jax.ShapeDtypeStruct((rows, room), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
+        floats = dict.fromkeys(("log_probs", "ref_log_probs", "entropy", "values"), places)
+        masks = {"answer_mask": places.update(dtype=bool), "ended": row.update(dtype=bool)}
+        return {"input_ids": ids, "attention_mask": ids, **masks, **floats, "rewards": row}
+
+    def programs(self, state: Any, batch: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+        """Return the updates, and the drawing of answers, as traced for a plan."""
+        names, room = ("input_ids", "attention_mask", "answer_mask", "ended"), self.rollouts.max_new_tokens
+        rest = {name: x for name, x in batch.items() if name not in names}
+        experience = Experience(Rollout(*(batch[name] for name in names)), **rest)
+        ids = batch["input_ids"]
+        ids = ids.update(shape=(ids.shape[0], ids.shape[1] - room))
+        scalar, whole_numbers = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+        stopping = jax.ShapeDtypeStruct((state.frozen.config.vocab_size,), bool)
+        model = state.model
+        drawn = draw_answers.trace(model, ids, ids, stopping, state.key, scalar, whole_numbers, scalar, room=room)
+        learnt = PpoUpdate(self.options).trace(state, experience)
+        return [(learnt, (dataclasses.replace(state, reference=None), batch)), (drawn, (model, ids, ids))]
 
     def positions_left(self, model: Any) -> int | None:
         """Return how many tokens prompt and answer may have together, by policy and critic."""

@@ -182,6 +182,14 @@ class OfPrompts(Task):
 
 
 def width_of(data: Data) -> int:
-    """Return the width of all batches of prompts: that of the longest, rounded up."""
-    longest = max(len(row) for part in (*data.train, *data.held_out) for row in part.examples)
-    return -(-longest // WHOLE) * WHOLE
+    """Return the width of all batches of prompts: that of the longest."""
+    return whole(max(len(row) for part in (*data.train, *data.held_out) for row in part.examples))
+
+
+def whole(width: int) -> int:
+    """Return a width rounded up to what devices like.
+
+    >>> whole(9)
+    16
+    """
+    return -(-width // WHOLE) * WHOLE

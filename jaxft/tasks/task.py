@@ -14,10 +14,11 @@ from ..config import Config, Source
 from ..data import Dataset
 from ..errors import DataError, refuse
 from ..interop.export import save_model
+from ..methods import Method
 from ..run import RunFolder
 from ..train.state import TrainState
 from ..train.step import ModelLoss, make_train_step
-from .start import base_of, load_base, load_state
+from .start import base_of, load_base, load_state, optimizer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,20 @@ class Task:
         """
         del state
         return make_train_step(self.loss, accumulate=self.config.train.accumulate)
+
+    def planned_state(self, model: Any, method: Method, steps: int) -> TrainState:
+        """Return the state that a run begins with, for a plan: over shapes, with no run to go on from."""
+        return TrainState.create(model, method, optimizer_of(self.config, steps))
+
+    def programs(self, state: TrainState, batch: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+        """Return the traced programs of a step for a plan, each with what it is given.
+
+        Args:
+            state: Of `planned_state`.
+            batch: Of `shapes`.
+        """
+        step = make_train_step(self.loss, accumulate=self.config.train.accumulate)
+        return [(step.trace(state, batch), (state, batch))]
 
     def read_all(self, read: Callable[[Source], Dataset], *, train: bool) -> tuple[tuple[Dataset, ...], ...]:
         """Read training and held-out sources; what is wrong with each is said at once."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..errors import MethodError
+from ..errors import MethodError, SelectionError
 from ..methods import Full, Method
 from ..methods.merge import merge
 from ..methods.method import adapters, detach, parts_of
@@ -68,8 +68,8 @@ class PpoState(TrainState):
             model = merge(model)
         try:
             critic = TrainState.create(value_model(model), method, tx, seed=seed, name=CRITIC)
-        except MethodError as error:
-            raise MethodError(f"the critic: {error} (ppo.critic gives it a method of its own)") from None
+        except (MethodError, SelectionError) as error:
+            raise MethodError(f"the critic, which ppo.critic gives a method of its own: {error}") from None
         critic = critic.replace(frozen=borrowing(critic.frozen, policy.frozen))
         coefficient, mesh = jax.eval_shape(lambda: jnp.float32(kl)) if shapes else jnp.float32(kl), mesh_of(model)
         fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
