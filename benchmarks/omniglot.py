@@ -86,13 +86,18 @@ def main():
     draw, key, began = np.random.default_rng(args.seed), jax.random.key(args.seed), time.time()
     for n in range(args.steps):
         picked = draw.choice(len(classes), CLASSES, replace=False)
-        rows = [np.rot90(images[draw.choice(classes[c][0], EACH, replace=False)], classes[c][1], (2, 3)) for c in picked]
+        rows = [
+            np.rot90(images[draw.choice(classes[c][0], EACH, replace=False)], classes[c][1], (2, 3)) for c in picked
+        ]
         pixels = crop(jax.random.fold_in(key, n), jnp.asarray(np.concatenate(rows)))
         labels = np.repeat(np.arange(CLASSES, dtype=np.int32), EACH)
         state, metrics = step(state, {"pixel_values": pixels, "labels": labels})
         if n % 100 == 0 or n == args.steps - 1:
             spent = time.time() - began
-            print(f"step {n}: loss {float(metrics['loss']):.3f}, {spent:.0f} s, held {nearest(embed(state.model), asked_names)[0]:.1%}", flush=True)
+            print(
+                f"step {n}: loss {float(metrics['loss']):.3f}, {spent:.0f} s, held {nearest(embed(state.model), asked_names)[0]:.1%}",
+                flush=True,
+            )
     print(f"trained {nearest(embed(state.model), asked_names)[0]:.1%}, {time.process_time():.0f} s of CPU")
 
 
