@@ -3,8 +3,8 @@
     JAX_PLATFORMS=cpu python benchmarks/generation.py MODEL PROMPTS.jsonl [--new 128] [--rounds 7]     (needs torch)
 
 MODEL is the folder of a causal language model, PROMPTS.jsonl rows with a `prompt`. Both sides run in this process on
-the same prompts of several lengths, one after the other in every round, float32, with their caches; no token stops a row.
-Printed: the median of tokens/s of both, and the ratio (jaxft over the peer) with its range over the rounds.
+the same prompts of several lengths, one after the other in every round, float32, with their caches; no token stops a
+row. Printed: the median of tokens/s of both, and the ratio (jaxft over the peer) with its range over the rounds.
 """
 
 import argparse

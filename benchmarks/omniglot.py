@@ -3,8 +3,9 @@
     python benchmarks/omniglot.py TRAIN.zip TEST.zip [--steps 600] [--seed 0] [--depth 4] [--dim 96]
 
 The archives hold ALPHABET/characterNN/XXXX_DRAWER.png. The characters of TRAIN, and these turned by 90, 180 and 270
-degrees, are the classes. Of the alphabets that are in TEST alone each drawing by drawers 11 to 20 is given the character of
-the nearest drawing by drawers 1 to 10 (cosine): by raw pixels, by the untrained network and by the trained one.
+degrees, are the classes. Of the alphabets that are in TEST alone each drawing by drawers 11 to 20 is given the
+character of the nearest drawing by drawers 1 to 10 (cosine): by raw pixels, by the untrained network and by the
+trained one.
 """
 
 import argparse
@@ -86,19 +87,15 @@ def main():
     draw, key, began = np.random.default_rng(args.seed), jax.random.key(args.seed), time.time()
     for n in range(args.steps):
         picked = draw.choice(len(classes), CLASSES, replace=False)
-        rows = [
-            np.rot90(images[draw.choice(classes[c][0], EACH, replace=False)], classes[c][1], (2, 3)) for c in picked
-        ]
-        pixels = crop(jax.random.fold_in(key, n), jnp.asarray(np.concatenate(rows)))
+        drawn = [(draw.choice(classes[c][0], EACH, replace=False), classes[c][1]) for c in picked]
+        turned = np.concatenate([np.rot90(images[rows], turn, (2, 3)) for rows, turn in drawn])
+        pixels = crop(jax.random.fold_in(key, n), jnp.asarray(turned))
         labels = np.repeat(np.arange(CLASSES, dtype=np.int32), EACH)
         state, metrics = step(state, {"pixel_values": pixels, "labels": labels})
         if n % 100 == 0 or n == args.steps - 1:
-            spent = time.time() - began
-            print(
-                f"step {n}: loss {float(metrics['loss']):.3f}, {spent:.0f} s, held {nearest(embed(state.model), asked_names)[0]:.1%}",
-                flush=True,
-            )
-    print(f"trained {nearest(embed(state.model), asked_names)[0]:.1%}, {time.process_time():.0f} s of CPU")
+            share = nearest(embed(state.model), asked_names)[0]
+            print(f"step {n}: loss {float(metrics['loss']):.3f}, {share:.1%}, {time.time() - began:.0f} s", flush=True)
+    print(f"trained {share:.1%}, {time.process_time():.0f} s of CPU")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     JAX_PLATFORMS=cpu python benchmarks/ppo.py MODEL PROMPTS.jsonl OUT [--rows 64] [--new 48] [--iterations 6]
 
-Needs `pip install torch trl==1.12` beside jaxft (later releases of trl have no PPO). MODEL is the folder of a small causal
-language model, PROMPTS.jsonl rows with a `prompt`. The same on both sides: 64 prompts an iteration cut to 24 tokens, answers
-of 48 tokens at temperature 1 that nothing ends, four rounds of one minibatch, every parameter of policy and critic trained
-with AdamW, one reward model of the same shape, float32. Ours also with LoRA on both. trl's loop calls us after each of its
-iterations, so the two alternate. Printed: medians, and the ratio of seconds (trl over jaxft) with its range.
+Needs `pip install torch trl==1.12` beside jaxft (later releases of trl have no PPO). MODEL is the folder of a small
+causal language model, PROMPTS.jsonl rows with a `prompt`. The same on both sides: 64 prompts an iteration cut to 24
+tokens, answers of 48 tokens at temperature 1 that nothing ends, four rounds of one minibatch, every parameter of policy
+and critic trained with AdamW, one reward model of the same shape, float32. Ours also with LoRA on both. trl's loop
+calls us after each of its iterations, so the two alternate. Printed: medians, and the ratio of seconds (trl over jaxft)
+with its range.
 """
 
 import argparse
@@ -116,11 +117,9 @@ def main():
     print(f"answers of {ours['full']()[1]:.1f} tokens here, trl draws all {args.new}")
     for name in ours:
         ratios = [r["trl"] / r[name] for r in rounds]
-        seconds = [statistics.median(r[side] for r in rounds) for side in ("trl", name)]
-        print(
-            f"{name}: trl {seconds[0]:.2f} s, jaxft {seconds[1]:.2f} s an iteration, ratio {statistics.median(ratios):.1f} "
-            f"({min(ratios):.1f} to {max(ratios):.1f})"
-        )
+        theirs, mine = (statistics.median(r[side] for r in rounds) for side in ("trl", name))
+        ratio = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+        print(f"{name}: trl {theirs:.2f} s, jaxft {mine:.2f} s an iteration, ratio {ratio}")
 
 
 if __name__ == "__main__":

@@ -127,10 +127,8 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
     batch = abstract_batch(config, mesh)
     task = task_of(config)
     programs, held = task.programs(state, batch), task.held(state)
-    needs = [
-        _needs(traced, _device_bytes(given), _device_bytes((state, batch, held)), topology)
-        for traced, given in programs
-    ]
+    whole = _device_bytes((state, batch, held))
+    needs = [_needs(traced, _device_bytes(given), whole, topology) for traced, given in programs]
     most = max(needs, key=lambda one: one.total)
     roles = (state, state.critic) if isinstance(state, PpoState) else (state,)
     reference = state.reference if isinstance(state, PpoState) else held

@@ -4,8 +4,8 @@
     python configs/rlhf/make_data.py stories.txt --run runs/rlhf/sft     # then pairs of that run's own answers
 
 A prompt is the first sentence of a paragraph, the answer the next two. No person has compared answers here: a program
-stands in, which likes cheerful words and dislikes gloomy ones. So what the recipe should do can be counted. Same rows each
-time, from the same text and run. Everything lies in runs/rlhf-data afterwards.
+stands in, which likes cheerful words and dislikes gloomy ones. So what the recipe should do can be counted. Same rows
+each time, from the same text and run. Everything lies in runs/rlhf-data afterwards.
 """
 
 import argparse
