@@ -98,7 +98,7 @@ def evaluate(
     is_run = run.path.is_dir()
     if is_run and not run.started:
         raise RunError(f"{run.path}: this folder is no run (it holds no {CONFIG})")
-    config = load_config(run.path / CONFIG if is_run else run_or_config, sets or ())
+    config = load_config(run.path / CONFIG, sets or ()) if is_run else _config(run_or_config, sets)
     for name, value in use.evaluate(config, run=run if is_run else None).items():
         print(f"{name} {value:.6f}")
 
@@ -236,8 +236,11 @@ def compare(
 
 def _config(file: str, sets: list[str] | None, output: str | None = None) -> Any:
     from .config import load_config
+    from .tasks.stages import check_stages
 
-    return load_config(file, [*(sets or ()), *_output(output)])
+    config = load_config(file, [*(sets or ()), *_output(output)])
+    check_stages(config, file)
+    return config
 
 
 def _output(folder: str | None) -> list[str]:

@@ -44,7 +44,7 @@ class Plan:
         width: Tokens of the widest row; 0 of images.
         trainable_parameters: Trained numbers.
         total_parameters: All numbers of the model.
-        parameters_bytes: Trained and frozen leaves.
+        parameters_bytes: Trained and frozen leaves, and the copy of trained ones that a task may compare with.
         optimizer_bytes: The optimiser's state.
         temporary_bytes: Activations, gradients, gathered layers: the most that is alive at once beside the rest.
         total_bytes: Arguments + temporaries + outputs - what outputs share with arguments.
@@ -125,11 +125,12 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
     room = capacity(devices[0])
     state = abstract_state(config, mesh, devices[0].platform)
     batch = abstract_batch(config, mesh)
-    programs = task_of(config).programs(state, batch)
-    needs = [_needs(traced, _device_bytes(given), _device_bytes(state), topology) for traced, given in programs]
+    task = task_of(config)
+    programs, held = task.programs(state, batch), task.held(state)
+    needs = [_needs(traced, _device_bytes(given), _device_bytes((state, held)), topology) for traced, given in programs]
     most = max(needs, key=lambda one: one.total)
     roles = (state, state.critic) if isinstance(state, PpoState) else (state,)
-    reference = state.reference if isinstance(state, PpoState) else ()
+    held = (held, state.reference) if isinstance(state, PpoState) else held
     report = parameter_report(state)
     return Plan(
         device=devices[0].device_kind,
@@ -140,7 +141,7 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         width=max((x.shape[1] for name, x in batch.items() if name.endswith("input_ids")), default=0),
         trainable_parameters=report.trainable,
         total_parameters=report.total,
-        parameters_bytes=_device_bytes((reference, [(role.trainable, role.frozen) for role in roles])),
+        parameters_bytes=_device_bytes((held, [(role.trainable, role.frozen) for role in roles])),
         optimizer_bytes=_device_bytes([role.opt_state for role in roles]),
         temporary_bytes=most.temporaries,
         total_bytes=most.total,
@@ -167,7 +168,7 @@ def _needs(traced: Any, arguments: int, held: int, topology: str | None) -> _Nee
     Args:
         traced: The program.
         arguments: Bytes of what it is given.
-        held: Bytes of the state, of which some may not be among them.
+        held: Bytes of all that the run holds, of which some may not be among them.
         topology: As of `make_plan`.
     """
     lowered = traced.lower()

@@ -26,9 +26,10 @@ ROWS = [
     ["loading"],
     ["scores"],
     ["rewards"],
+    ["calibration"],
     ["similarity"],
     ["probes"],
-    ["report", "embedding_picture", "learning_picture"],
+    ["report", "embedding_picture", "calibration_picture", "learning_picture"],
     ["tasks"],
     ["flops"],
     ["plan"],
@@ -111,6 +112,7 @@ INSIDE = {
         "preference",
         "ppo",
         "grpo",
+        "comparisons",
         "__init__",
     ],
     "generation": ["sampling", "generate", "rollout", "__init__"],
@@ -126,6 +128,7 @@ INSIDE = {
         "peft",
         "folder",
         "serving",
+        "padding",
         "export",
         "__init__",
     ],
@@ -134,9 +137,11 @@ INSIDE = {
 INSIDE["methods"] += ["report", "merge", "average", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
 INSIDE["interop"] += ["export", "sentence_transformers", "__init__"]
-INSIDE["data"] += ["labels", "columns", "prompts", "pixels", "image_files", "images", "augment", "regions", "__init__"]
+INSIDE["data"] += ["labels", "columns", "prompts", "preference"]
+INSIDE["data"] += ["pixels", "image_files", "images", "augment", "regions", "__init__"]
 INSIDE["train"] += ["trackers", "stop", "lock", "memory", "policy", "scoring", "experience", "ppo", "grpo", "__init__"]
-INSIDE["tasks"] += ["images", "rollouts", "prompts", "ppo", "grpo", "registry", "fingerprints", "train", "embed", "use"]
+INSIDE["tasks"] += ["images", "comparisons", "reward", "dpo", "rollouts", "prompts", "ppo", "grpo"]
+INSIDE["tasks"] += ["stages", "registry", "fingerprints", "train", "embed", "use"]
 INSIDE["rewards"] = ["answers", "named", "functions", "models", "make", "__init__"]
 INSIDE["compare"] = ["contestants", "runs", "table", "picture", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))

@@ -236,20 +236,23 @@ class Contrastive(Section):
 class RewardModel(Section):
     """What a reward model needs besides.
 
-    `margin`: what the chosen answer's score should be above the other's at least. `centering`: weight of the squared
-    sum of both scores, which holds them around zero.
+    `margin`: what the chosen answer's score should be above the other's at least, where a row does not say it itself.
+    `centering`: weight of the squared sum of both scores, which holds them around zero. `dropout`: whether the base's
+    own is on; that of the method is on wherever it is asked for.
     """
 
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     centering: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    dropout: bool = False
 
 
 class Dpo(Section):
-    """What direct preference optimisation needs besides: as `jaxft.losses.dpo_loss`."""
+    """What direct preference optimisation needs besides: as `jaxft.losses.make_dpo_loss`; `dropout` as for `reward`."""
 
     beta: Positive = 0.1
-    kind: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    kind: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    dropout: bool = False
 
 
 class RewardTerm(Section):

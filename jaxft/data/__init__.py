@@ -7,6 +7,7 @@ from .formats import FORMATS, prompt_and_completion
 from .images import ImageDataset, load_images
 from .packing import PackedBatches, pack
 from .pixels import ImageProcessor, read_processor
+from .preference import Comparison, collate_comparisons, load_comparisons
 from .prompts import Prompt, collate_prompts, load_prompts, numbered
 from .regions import RegionDataset, load_regions, region_features
 from .rows import read_rows
@@ -17,6 +18,7 @@ from .tokens import Example
 __all__ = [
     "FORMATS",
     "Augmentation",
+    "Comparison",
     "Dataset",
     "Example",
     "GroupedBatches",
@@ -31,10 +33,12 @@ __all__ = [
     "TrainBatches",
     "augment",
     "collate",
+    "collate_comparisons",
     "collate_prompts",
     "collate_texts",
     "eval_batches",
     "load_columns",
+    "load_comparisons",
     "load_dataset",
     "load_images",
     "load_prompts",

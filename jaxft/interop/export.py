@@ -12,9 +12,11 @@ from ..errors import MethodError, refuse
 from ..methods.method import adapters
 from ..models.base import Model
 from ..models.config import HEAD_POOLING, OUR_TYPE
+from ..models.heads import LastTokenClassifier
 from ..models.hub import abstract_model
 from ..models.names import LEAF_NAMES, Named, parameters, renamed
 from ..models.tensors import replacing, write_tensors
+from .padding import padding_of, padding_with
 
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 SHARD_BYTES = 5_000_000_000
@@ -26,6 +28,9 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
     A classifier whose head reads another vector than its family's (`config.head_pooling`) is of a `model_type` of ours,
     `jaxft_bert` say, which `jaxft.load` reads and transformers refuses. How `pooled` pools, whether embeddings are
     normalised and their length are not in such a folder: `jaxft.save_sentence_transformer` writes these.
+
+    A classifier on a causal model gets a pad token that is not the end token, where the tokenizer has one: by it
+    transformers finds the last token of a row.
 
     Args:
         model: A model without adapters (`jaxft.merge` folds them in), `state.model` after `Full` say.
@@ -60,7 +65,10 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
     bare = ((rf"^{model.stem}\.", ""),) if getattr(model, "lm_head", model) is None else ()  # as it was read
     places = {renamed(name, (*model.written, *bare)): place for name, place in places.items()}
     sizes = {name: int(np.prod(_shape(*place))) * itemsize for name, place in places.items()}
-    shards = _shards(sizes, shard_bytes)
+    shards, config = _shards(sizes, shard_bytes), _config(model)
+    if isinstance(model, LastTokenClassifier) and model.head_pooling is None:
+        pad = padding_of(tokenizer, model.config)
+        config, tokenizer = {**config, "pad_token_id": pad}, padding_with(tokenizer, pad)
     with replacing(Path(folder)) as scratch:
         for file, names in shards.items():
             write_tensors(scratch / file, {name: _tensor(model, *places[name]) for name in names})
@@ -70,7 +78,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
                 "weight_map": {name: file for file, names in shards.items() for name in names},
             }
             (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-        (scratch / "config.json").write_text(json.dumps(_config(model), indent=2, sort_keys=True), encoding="utf-8")
+        (scratch / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         if model.config.stop_ids:
             stops = {"eos_token_id": list(model.config.stop_ids)}
             (scratch / "generation_config.json").write_text(json.dumps(stops), encoding="utf-8")

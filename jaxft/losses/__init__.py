@@ -3,6 +3,7 @@
 from .cached import embed_in_chunks
 from .chunked import chunked_cross_entropy
 from .classification import classification_loss
+from .comparisons import make_dpo_loss, make_reward_loss, reference_log_probs
 from .contrastive import info_nce, nt_xent, supervised_contrastive
 from .entropy import cross_entropy
 from .graded import cosent, cosine_regression, pairwise_contrastive, triplet
@@ -46,6 +47,8 @@ __all__ = [
     "kl_penalty",
     "kto_loss",
     "make_contrastive_loss",
+    "make_dpo_loss",
+    "make_reward_loss",
     "masked_mean",
     "next_token_figures",
     "next_token_loss",
@@ -55,6 +58,7 @@ __all__ = [
     "ppo_policy_loss",
     "ppo_value_loss",
     "ranking_loss",
+    "reference_log_probs",
     "reward_loss",
     "supervised_contrastive",
     "token_log_probs",

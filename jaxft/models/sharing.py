@@ -1,12 +1,15 @@
-"""One backbone, several models: a head of another kind on the arrays of a model that is there."""
+"""Models on the arrays of a model that is there: with a head of another kind, or without dropout."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 
 from ..errors import MethodError
 from .base import Model
+from .config import ModelConfig
 from .hub import abstract_model, begin_heads, checked_labels
 from .seams import SLOTS
 
@@ -44,3 +47,25 @@ def with_head(model: Any, labels: Sequence[str]) -> Any:
             setattr(made, slot, getattr(shared, slot))
     begin_heads(made, made.heads)
     return made
+
+
+def without_dropout(model: Model) -> Any:
+    """Return the model, of the same arrays, that drops nothing of its own; what adapters drop, they drop on.
+
+    So with a key it computes what it does without, as reward models, DPO and PPO want it.
+
+    >>> import jaxft
+    >>> model = without_dropout(jaxft.testing.tiny_gpt2(resid_pdrop=0.5))
+    >>> bool((model([[3, 4]], key=jax.random.key(0)) == model([[3, 4]])).all())
+    True
+    """
+    fresh = jax.tree.map(lambda x: x, model)
+    rates = [f.name for f in dataclasses.fields(model.config) if "dropout" in f.name or f.name.endswith("pdrop")]
+    quiet = model.config.replace(**dict.fromkeys(rates, 0.0))
+    for path, module in nnx.iter_modules(fresh):
+        if set(SLOTS).isdisjoint(path):
+            if isinstance(getattr(module, "config", None), ModelConfig):
+                setattr(module, "config", quiet)  # noqa: B010 - not every module has the attribute
+            if hasattr(module, "rate"):
+                setattr(module, "rate", 0.0)  # noqa: B010
+    return fresh

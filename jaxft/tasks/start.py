@@ -17,11 +17,14 @@ from ..methods import Full, Method
 from ..methods.merge import merge
 from ..methods.method import adapters, parts_of
 from ..models.hub import fresh_model, read_config, read_shape, resolve
+from ..models.sharing import without_dropout
 from ..parallel import make_mesh
 from ..parallel.rules import batch_devices
 from ..run import RunFolder
 from ..train.optimizer import by_step, in_phases, make_optimizer, make_schedule
 from ..train.state import TrainState
+
+QUIET = ("reward", "dpo", "ppo", "grpo")  # tasks that have the base's own dropout off, unless their section says so
 
 
 def base_of(config: Config) -> RunFolder | None:
@@ -68,24 +71,28 @@ def load_state(
         labels: Classes of a head that the model gets; (): it gets none.
         more: What the task trains besides the method.
     """
-    model = load_base(config, base_of(config), choose_remat(config), mesh, labels)
-    return begin(config, model, optimizer_of(config, steps), more=more)
+    model, method, name = begin(config, load_base(config, base_of(config), choose_remat(config), mesh, labels), more)
+    return TrainState.create(model, method, optimizer_of(config, steps), seed=config.train.seed, name=name)
 
 
-def begin(config: Config, model: Any, tx: Any, *, more: Method | None = None) -> TrainState:
-    """Return the first state of a run over the model that it begins with; see `load_state`."""
+def begin(config: Config, model: Any, more: Method | None = None) -> tuple[Any, Method | None, str]:
+    """Return what a config trains: the model, the method (None: the adapter that hangs there), the adapter's name.
+
+    Args:
+        config: Of the run.
+        model: What it begins with, as of `load_base`.
+        more: What the task trains besides the method.
+    """
     run, method, name = base_of(config), config.make_method(), free_name(model)
     method = method | more if method is not None and more is not None else method
     if method is None:
         if run is None or run.model.is_dir():
             raise RunError("method is left out: it may be, where model.path is a run with an adapter to go on with")
-        method = run.config().make_method() or _inherited(run)
         name = next(reversed(adapters(model)), "default")
-        kept = None if name in adapters(model) else method
-        return TrainState.create(model, kept, tx, seed=config.train.seed, name=name)
+        return model, None if name in adapters(model) else run.config().make_method() or _inherited(run), name
     if adapters(model) and any(isinstance(part, Full) for part in parts_of(method)):
-        model, name = merge(model), "default"
-    return TrainState.create(model, method, tx, seed=config.train.seed, name=name)
+        return merge(model), method, "default"
+    return model, method, name
 
 
 def _inherited(run: RunFolder) -> Method:
@@ -105,9 +112,12 @@ def load_base(
     """Return the model that a config begins with: loaded, a run's, or random by its `config.json` alone.
 
     With `labels` it has a head of these classes, and its vectors are pooled as the head reads them; with
-    `model.pooling` both are pooled so. `over`: of a run with an adapter, the model of `load_bare` that it shares.
+    `model.pooling` both are pooled so. Its own dropout is off where the task has it off. `over`: of a run with an
+    adapter, the model of `load_bare` that it shares.
     """
     model = _load_base(config, run, remat, mesh, labels, over)
+    if config.task in QUIET and not getattr(getattr(config, config.task), "dropout", False):
+        model = without_dropout(model)
     if config.model.pooling is not None:
         return with_pooling(model, config.model.pooling)
     return with_config(model, pooling=model.reads) if labels and model.config.head_pooling is None else model

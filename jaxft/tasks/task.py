@@ -52,6 +52,10 @@ class Data:
 class Task:
     """One task, on one config. A task says how rows become batches, what the loss is, and what is measured.
 
+    Args:
+        config: Of a run; to look at a finished one, with that run as its model.
+        begun: What the finished run was begun with; None: the run is still to be.
+
     Attributes:
         formats: The formats of rows that it takes.
         unit: What the loss is in.
@@ -62,8 +66,8 @@ class Task:
     unit: ClassVar[str]
     shown: ClassVar[Mapping[str, str]]
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, begun: Config | None = None):
+        self.config, self.begun = config, begun
 
     @cached_property
     def loss(self) -> ModelLoss:
@@ -160,6 +164,11 @@ class Task:
         """
         step = make_train_step(self.loss, accumulate=self.config.train.accumulate)
         return [(step.trace(state, batch), (state, batch))]
+
+    def held(self, state: TrainState) -> Any:
+        """Return what the step holds in memory besides the state, as arrays or shapes, for a plan."""
+        del state
+        return ()
 
     def read_all(self, read: Callable[[Source], Dataset], *, train: bool) -> tuple[tuple[Dataset, ...], ...]:
         """Read training and held-out sources; what is wrong with each is said at once."""

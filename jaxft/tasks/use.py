@@ -33,9 +33,10 @@ def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float
     """
     if not config.data.eval:
         raise RunError("there are no held-out rows to evaluate on: set data.eval (--set data.eval=FILE)")
+    begun = config if run is not None else None
     if run is not None:  # the run is where one would begin
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(run.path)})})
-    task = task_of(config)
+    task = task_of(config, begun)
     data = task.load_data(train=False)
     task.check_evaluation(data)
     model = task.load_model(choose_mesh(config), data)

@@ -86,7 +86,7 @@ def _wrong_tokens(
             if np.dtype(batch[name].dtype).kind not in "iu":
                 yield f"{name} is {batch[name].dtype}; token ids are integers"
             if vocabulary is not None and _on_host(batch[name]):
-                ids = _counted(name, batch, f"{column}attention_mask")
+                ids = _counted(name, kind, batch, f"{column}attention_mask")
                 if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
                     yield f"{name} holds {ids.min()} to {ids.max()}; the model's tokens are 0 to {vocabulary - 1}"
     labels = batch.get("labels")
@@ -134,10 +134,10 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic)) and (isinstance(x, jax.Array) or x.dtype.kind in "biuf")
 
 
-def _counted(name: str, batch: Mapping[str, Any], mask_name: str) -> Any:
+def _counted(name: str, kind: str, batch: Mapping[str, Any], mask_name: str) -> Any:
     """Return the ids that count: labels that are trained, inputs that are not padding."""
     ids = np.asarray(batch[name])
-    if name == "labels":
+    if kind == "labels":
         return ids[ids != IGNORED]
     mask = batch.get(mask_name)
     if mask is None or np.shape(mask) != ids.shape or not _on_host(mask):
