@@ -71,8 +71,13 @@ def load_state(
         labels: Classes of a head that the model gets; (): it gets none.
         more: What the task trains besides the method.
     """
+<<<<<<< HEAD
     model = load_base(config, base_of(config), choose_remat(config), mesh, labels)
     return begin(config, model, optimizer_of(config, steps), more=more)
+=======
+    model, method, name = begin(config, load_base(config, base_of(config), choose_remat(config), mesh, labels), more)
+    return TrainState.create(model, method, optimizer_of(config, steps), seed=config.train.seed, name=name)
+>>>>>>> part-ppo
 
 
 def begin(config: Config, model: Any, tx: Any, *, more: Method | None = None) -> TrainState:
