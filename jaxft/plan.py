@@ -127,18 +127,11 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
     batch = abstract_batch(config, mesh)
     task = task_of(config)
     programs, held = task.programs(state, batch), task.held(state)
-<<<<<<< HEAD
     whole = _device_bytes((state, batch, held))
     needs = [_needs(traced, _device_bytes(given), whole, topology) for traced, given in programs]
     most = max(needs, key=lambda one: one.total)
     roles = (state, state.critic) if isinstance(state, PpoState) else (state,)
-    reference = state.reference if isinstance(state, PpoState) else held
-=======
-    needs = [_needs(traced, _device_bytes(given), _device_bytes((state, held)), topology) for traced, given in programs]
-    most = max(needs, key=lambda one: one.total)
-    roles = (state, state.critic) if isinstance(state, PpoState) else (state,)
     held = (held, state.reference) if isinstance(state, PpoState) else held
->>>>>>> part-ppo
     report = parameter_report(state)
     return Plan(
         device=devices[0].device_kind,
@@ -149,11 +142,7 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         width=max((x.shape[1] for name, x in batch.items() if name.endswith("input_ids")), default=0),
         trainable_parameters=report.trainable,
         total_parameters=report.total,
-<<<<<<< HEAD
-        parameters_bytes=_device_bytes((reference, [(role.trainable, role.frozen) for role in roles])),
-=======
         parameters_bytes=_device_bytes((held, [(role.trainable, role.frozen) for role in roles])),
->>>>>>> part-ppo
         optimizer_bytes=_device_bytes([role.opt_state for role in roles]),
         temporary_bytes=most.temporaries,
         total_bytes=most.total,
