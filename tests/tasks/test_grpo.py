@@ -231,6 +231,19 @@ def test_a_config_that_cannot_be(place, override, what):
     assert what in str(refused.value)
 
 
+@pytest.mark.parametrize("given", ["length", "[length]", "{reward: length}", "[{reward: length}]"])
+def test_a_reward_may_be_written_shorter(place, given):
+    (term,) = load_config(place / "c.yaml", [f"grpo.reward={given}"]).grpo.reward
+    assert (term.reward, term.weight, term.options) == ("length", 1.0, {})
+
+
+def test_what_is_wrong_with_a_reward_has_its_line(place):
+    text = CONFIG[: CONFIG.index("  reward:")] + "  reward:\n    reward: length\n    wait: 2\noutput: run\n"
+    (place / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"odd.yaml:11: grpo.reward.0.wait: unknown key; nearest: 'weight'"):
+        load_config(place / "odd.yaml")
+
+
 def test_a_batch_that_cannot_be_dealt_out(run):
     code, _, err = run("train", "c.yaml", "--set", "grpo.minibatches=3", "--output", "odd")
     assert code == 2 and "grpo.minibatches 3" in " ".join(err.split())
