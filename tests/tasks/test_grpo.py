@@ -4,6 +4,7 @@ import json
 import os
 
 import numpy as np
+import optax
 import pytest
 from texts import make_tokenizer
 
@@ -13,6 +14,7 @@ from jaxft.config import load_config
 from jaxft.data import numbered
 from jaxft.errors import ConfigError
 from jaxft.models.tensors import Tensors
+from jaxft.plan import make_plan
 from jaxft.tasks.registry import task_of
 from jaxft.train.checkpoint import Checkpoints
 
@@ -210,6 +212,16 @@ def test_a_reward_that_fails_is_named_with_its_row(run):
     code, _, err = run("train", "c.yaml", "--set", "grpo.reward=mine.py:bad", "--output", "bad")
     assert code == 2 and "Traceback" not in err
     assert "reward 'bad': rows.jsonl:2 ('and there it is'): it raised ZeroDivisionError" in " ".join(err.split())
+
+
+@pytest.mark.slow
+def test_a_plan_counts_drawing_learning_and_the_reference(place, monkeypatch):
+    monkeypatch.chdir(place)
+    plans = [make_plan(load_config("c.yaml", [LORA, f"grpo.kl_coefficient={kl}"])) for kl in (0.0, 0.1)]
+    state = jaxft.TrainState.create(jaxft.load("base")[0], load_config("c.yaml", [LORA]).make_method(), optax.sgd(0.1))
+    trained = sum(x.nbytes for x in jaxft.leaves(state.trainable).values())
+    assert plans[1].parameters_bytes - plans[0].parameters_bytes == trained > 0
+    assert plans[0].width == 16 + 6 and plans[0].rows == 32 and plans[0].fits
 
 
 WRONG = [
