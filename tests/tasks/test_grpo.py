@@ -4,6 +4,7 @@ import json
 import os
 
 import numpy as np
+import optax
 import pytest
 from texts import make_tokenizer
 
@@ -13,6 +14,7 @@ from jaxft.config import load_config
 from jaxft.data import numbered
 from jaxft.errors import ConfigError
 from jaxft.models.tensors import Tensors
+from jaxft.plan import make_plan
 from jaxft.tasks.registry import task_of
 from jaxft.train.checkpoint import Checkpoints
 
@@ -212,6 +214,16 @@ def test_a_reward_that_fails_is_named_with_its_row(run):
     assert "reward 'bad': rows.jsonl:2 ('and there it is'): it raised ZeroDivisionError" in " ".join(err.split())
 
 
+@pytest.mark.slow
+def test_a_plan_counts_drawing_learning_and_the_reference(place, monkeypatch):
+    monkeypatch.chdir(place)
+    plans = [make_plan(load_config("c.yaml", [LORA, f"grpo.kl_coefficient={kl}"])) for kl in (0.0, 0.1)]
+    state = jaxft.TrainState.create(jaxft.load("base")[0], load_config("c.yaml", [LORA]).make_method(), optax.sgd(0.1))
+    trained = sum(x.nbytes for x in jaxft.leaves(state.trainable).values())
+    assert plans[1].parameters_bytes - plans[0].parameters_bytes == trained > 0
+    assert plans[0].width == 16 + 6 and plans[0].rows == 32 and plans[0].fits
+
+
 WRONG = [
     ("train.batch_size=20", "train.batch_size: 20 answers are no whole number of groups of 8 (grpo.group_size)"),
     ("grpo.group_size=1", "grpo.group_size: should be greater than or equal to 2"),
@@ -229,6 +241,19 @@ def test_a_config_that_cannot_be(place, override, what):
     with pytest.raises(ConfigError) as refused:
         load_config(place / "c.yaml", [override])
     assert what in str(refused.value)
+
+
+@pytest.mark.parametrize("given", ["length", "[length]", "{reward: length}", "[{reward: length}]"])
+def test_a_reward_may_be_written_shorter(place, given):
+    (term,) = load_config(place / "c.yaml", [f"grpo.reward={given}"]).grpo.reward
+    assert (term.reward, term.weight, term.options) == ("length", 1.0, {})
+
+
+def test_what_is_wrong_with_a_reward_has_its_line(place):
+    text = CONFIG[: CONFIG.index("  reward:")] + "  reward:\n    reward: length\n    wait: 2\noutput: run\n"
+    (place / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"odd.yaml:11: grpo.reward.0.wait: unknown key; nearest: 'weight'"):
+        load_config(place / "odd.yaml")
 
 
 def test_a_batch_that_cannot_be_dealt_out(run):
