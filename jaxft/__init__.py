@@ -1,6 +1,6 @@
 """jaxft: fine-tuning in JAX. A method is what it attaches to the model, plus which leaves of the pytree it trains."""
 
-from . import data, losses, testing
+from . import data, losses, rewards, testing
 from .embedding import embed
 from .errors import (
     BatchError,
@@ -13,6 +13,7 @@ from .errors import (
     MethodError,
     OptimizerError,
     PartitionError,
+    RewardError,
     RunError,
     SelectionError,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "PartitionError",
     "PrefixTuning",
     "PromptTuning",
+    "RewardError",
     "RunError",
     "SelectionError",
     "TrainState",
@@ -82,6 +84,7 @@ __all__ = [
     "merge",
     "parameter_report",
     "partition",
+    "rewards",
     "save_adapter",
     "save_model",
     "save_sentence_transformer",

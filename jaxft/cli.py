@@ -261,7 +261,7 @@ def _devices(mesh: Any) -> str:
 def _show(summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     """Print the end of a run: samples, figures at both ends, and where things lie."""
     for row in samples:
-        lines = {"prompt": row["prompt"], "expected": row["expected"], "before": row["before"], "after": row["after"]}
+        lines = {name: row[name] for name in ("prompt", "expected", "before", "after") if name in row}
         print("\n" + "\n".join(f"{name:>9} {text.strip()!r}" for name, text in lines.items()))
     print()
     for name, after in summary["after"].items():

@@ -124,6 +124,14 @@ def load_run(
     return (set_adapter(model, dict.fromkeys(adapters(model), 1.0)) if adapters(model) else model), tokenizer
 
 
+def root_folder(path: str | Path) -> Path:
+    """Return the folder of the model that everything begins with: that of the last of the runs that lie over it."""
+    at = RunFolder(path)
+    while at.started and not at.model.is_dir():
+        at = RunFolder(at.config().model.source)  # the adapter's base may be a run too
+    return at.model if at.started else resolve(at.path)
+
+
 def labels_of(run: RunFolder) -> tuple[str, ...]:
     """Return the classes of the head that a run has trained; () where it has none."""
     if run.model.is_dir():

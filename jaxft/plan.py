@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -25,9 +25,9 @@ from .parallel.rules import rows_sharding
 from .parallel.topology import GIB, capacity, topology_devices
 from .run import RunFolder
 from .tasks.registry import task_of
-from .tasks.start import choose_mesh, choose_remat, dtype_of, optimizer_of, shape_of
+from .tasks.start import choose_mesh, choose_remat, dtype_of, shape_of
+from .train.policy import PpoState
 from .train.state import TrainState
-from .train.step import make_train_step
 
 STEPS = 1000  # of the schedule, where the config does not say how many: it changes no shape
 COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -113,7 +113,8 @@ class Plan:
 def make_plan(config: Config, topology: str | None = None) -> Plan:
     """Compile the train step of a config for some devices, and read off what it needs.
 
-    No data and no weights are read, and nothing is written. The rows are as wide as `data.max_length` allows.
+    No data and no weights are read, and nothing is written. The rows are as wide as `data.max_length` allows. Of a step
+    of several programs (answers are drawn, and learnt from) the figures are those of the one that needs most.
 
     Args:
         config: A run's config; `model.config` may stand for weights that are not there.
@@ -128,35 +129,12 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
     state = abstract_state(config, mesh, devices[0].platform)
     batch = abstract_batch(config, mesh)
     task = task_of(config)
-    step = make_train_step(task.loss, accumulate=config.train.accumulate)
-    traced = step.trace(state, batch)
-    lowered = traced.lower()
-    arguments = _device_bytes((state.trainable, state.frozen, state.opt_state, state.step, state.key, batch))
-    held = _device_bytes(task.held(state))
-    collectives = None
-    cached = jax.config.values["jax_enable_compilation_cache"]
-    if topology is not None:  # a program for devices that are not there can be written to a cache, but not read again
-        _use_cache(False)
-    began = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        seconds = time.perf_counter() - began
-        exceeded = EXCEEDED.search(str(error))
-        if exceeded is None:
-            raise RunError(f"the compiler refuses this step: {str(error).splitlines()[0]}") from error
-        total = int(float(exceeded[1]) * 1024 ** "BKMGT".index(exceeded[2]))  # arguments are in it
-        temporaries, total = max(0, total - arguments), total + held
-    else:
-        seconds = time.perf_counter() - began
-        memory = compiled.memory_analysis()
-        temporaries = memory.temp_size_in_bytes
-        total = memory.argument_size_in_bytes + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        total += held
-        collectives = _collectives(compiled)
-    finally:
-        if topology is not None:
-            _use_cache(cached)
+    programs, held = task.programs(state, batch), task.held(state)
+    whole = _device_bytes((state, batch, held))
+    needs = [_needs(traced, _device_bytes(given), whole, topology) for traced, given in programs]
+    most = max(needs, key=lambda one: one.total)
+    roles = (state, state.critic) if isinstance(state, PpoState) else (state,)
+    held = (held, state.reference) if isinstance(state, PpoState) else held
     report = parameter_report(state)
     return Plan(
         device=devices[0].device_kind,
@@ -167,16 +145,56 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         width=max((x.shape[1] for name, x in batch.items() if name.endswith("input_ids")), default=0),
         trainable_parameters=report.trainable,
         total_parameters=report.total,
-        parameters_bytes=_device_bytes((state.trainable, state.frozen)) + held,
-        optimizer_bytes=_device_bytes(state.opt_state),
-        temporary_bytes=temporaries,
-        total_bytes=total,
+        parameters_bytes=_device_bytes((held, [(role.trainable, role.frozen) for role in roles])),
+        optimizer_bytes=_device_bytes([role.opt_state for role in roles]),
+        temporary_bytes=most.temporaries,
+        total_bytes=most.total,
         capacity_bytes=room,
-        fits=total <= room,
-        flops_per_step=count_flops(traced.jaxpr),
-        compile_seconds=seconds,
-        collectives=collectives,
+        fits=most.total <= room,
+        flops_per_step=sum(count_flops(traced.jaxpr) for traced, _ in programs),
+        compile_seconds=sum(one.seconds for one in needs),
+        collectives=most.collectives,
     )
+
+
+class _Needs(NamedTuple):
+    """What a program needs of each device, beside what else the run holds."""
+
+    temporaries: int
+    total: int
+    seconds: float
+    collectives: dict[str, int] | None
+
+
+def _needs(traced: Any, arguments: int, held: int, topology: str | None) -> _Needs:
+    """Compile a program.
+
+    Args:
+        traced: The program.
+        arguments: Bytes of what it is given.
+        held: Bytes of all that the run holds, of which some may not be among them.
+        topology: As of `make_plan`.
+    """
+    lowered = traced.lower()
+    cached = jax.config.values["jax_enable_compilation_cache"]
+    if topology is not None:  # a program for devices that are not there can be written to a cache, but not read again
+        _use_cache(False)
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        exceeded = EXCEEDED.search(str(error))
+        if exceeded is None:
+            raise RunError(f"the compiler refuses this step: {str(error).splitlines()[0]}") from error
+        total = int(float(exceeded[1]) * 1024 ** "BKMGT".index(exceeded[2]))  # arguments are in it
+        return _Needs(max(0, total - arguments), total, time.perf_counter() - began, None)
+    finally:
+        if topology is not None:
+            _use_cache(cached)
+    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+    taken = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = taken + memory.temp_size_in_bytes + max(0, held - arguments)
+    return _Needs(memory.temp_size_in_bytes, total, seconds, _collectives(compiled))
 
 
 def _use_cache(on: bool) -> None:
@@ -199,7 +217,7 @@ def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainSta
     else:
         merged = any(isinstance(part, Full) for part in parts_of(method))
         model = abstract_base(m.source, merged, **options, **head)
-    return TrainState.create(model, method, optimizer_of(config, config.train.steps or STEPS), name=free_name(model))
+    return task_of(config).planned_state(model, method, config.train.steps or STEPS)
 
 
 def abstract_base(source: str, merged: bool, **options: Any) -> Any:

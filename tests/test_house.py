@@ -29,7 +29,7 @@ ROWS = [
     ["calibration"],
     ["similarity"],
     ["probes"],
-    ["report", "embedding_picture", "calibration_picture"],
+    ["report", "embedding_picture", "calibration_picture", "learning_picture"],
     ["tasks"],
     ["flops"],
     ["plan"],
@@ -115,7 +115,7 @@ INSIDE = {
         "comparisons",
         "__init__",
     ],
-    "generation": ["sampling", "generate", "__init__"],
+    "generation": ["sampling", "generate", "rollout", "__init__"],
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing"],
     "config": ["tree", "schema", "load", "__init__"],
     "tasks": ["__init__", "start", "task", "sft", "texts", "pictures", "classify", "contrastive"],
@@ -139,9 +139,10 @@ INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint
 INSIDE["interop"] += ["export", "sentence_transformers", "__init__"]
 INSIDE["data"] += ["labels", "columns", "prompts", "preference"]
 INSIDE["data"] += ["pixels", "image_files", "images", "augment", "regions", "__init__"]
-INSIDE["train"] += ["trackers", "stop", "lock", "memory", "__init__"]
-INSIDE["tasks"] += ["images", "registry", "fingerprints", "train", "embed", "use"]
-INSIDE["tasks"] = [*INSIDE["tasks"][:-5], "comparisons", "reward", "dpo", "stages", *INSIDE["tasks"][-5:]]
+INSIDE["train"] += ["trackers", "stop", "lock", "memory", "policy", "scoring", "experience", "ppo", "grpo", "__init__"]
+INSIDE["tasks"] += ["images", "comparisons", "reward", "dpo", "rollouts", "prompts", "ppo", "grpo"]
+INSIDE["tasks"] += ["stages", "registry", "fingerprints", "train", "embed", "use"]
+INSIDE["rewards"] = ["answers", "named", "functions", "models", "make", "__init__"]
 INSIDE["compare"] = ["contestants", "runs", "table", "picture", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -200,6 +201,7 @@ def test_public_names():
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
         *("PTuning", "PTuningV2", "PrefixTuning", "PromptTuning"),
         *("IA3", "save_serving", "save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
+        *("RewardError", "rewards"),
         *("add_weighted_adapter", "average_adapters", "embed", "save_sentence_transformer"),
     }
 

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from ..errors import ConfigError, JaxftError, nearest, refuse
 from ..methods import METHODS
-from .schema import FORMATS, Config, frozen, keys_at, make_one
+from .schema import FORMATS, Config, Grpo, Train, frozen, keys_at, make_one
 from .tree import Path, Places, dotted, parse, path_of, place_of, put
 
 KINDS = {
@@ -118,8 +118,9 @@ def _normal(tree: dict[str, Any], places: Places) -> None:
         holder["method"] = method if method is None or isinstance(method, list) else [method]
     for task in ("ppo", "grpo"):
         section = tree.get(task)
-        if isinstance(section, dict) and isinstance(section.get("reward"), str):
-            section["reward"] = [{"reward": section["reward"]}]
+        if isinstance(section, dict) and isinstance(section.get("reward"), (str, dict, list)):
+            terms = _listed(section["reward"], (task, "reward"), places)
+            section["reward"] = [{"reward": term} if isinstance(term, str) else term for term in terms]
     data = tree.get("data")
     if not isinstance(data, dict):
         return
@@ -127,9 +128,7 @@ def _normal(tree: dict[str, Any], places: Places) -> None:
         given = data.get(key)
         if given is None:
             continue
-        if not isinstance(given, list):
-            given = [given]
-            places |= {(*p[:2], 0, *p[2:]): where for p, where in [*places.items()] if p[:2] == ("data", key)}
+        given = _listed(given, ("data", key), places)
         sources: list[Any] = [{"path": source} if isinstance(source, str) else source for source in given]
         data[key] = sources
         fields = [source for source in sources if isinstance(source, dict)]
@@ -144,6 +143,15 @@ def _normal(tree: dict[str, Any], places: Places) -> None:
                 names = [stem, *(f"{stem}_{n}" for n in range(2, len(sources) + 2))]
                 source["name"] = next(name for name in names if name not in taken)
                 taken.append(source["name"])
+
+
+def _listed(given: Any, path: Path, places: Places) -> list[Any]:
+    """Return what may be one or a list as a list; what is inside the one is found under its place in the list too."""
+    if isinstance(given, list):
+        return given
+    n = len(path)
+    places |= {(*path, 0, *p[n:]): where for p, where in [*places.items()] if p[:n] == path}
+    return [given]
 
 
 def _holders(tree: dict[str, Any]) -> dict[Path, dict[str, Any]]:
@@ -161,6 +169,10 @@ def _method_problems(tree: dict[str, Any], places: Places) -> Iterator[tuple[Pat
             yield from (((*here, *key), what) for key, what in _option_problems(part))
         if path and holder["method"] is None and path[-1] not in METHODS:
             yield path, f"method is missing, and {path[-1]!r} is no method's name; {nearest(str(path[-1]), METHODS)}"
+    section = tree.get("ppo")
+    critic = section.get("critic") if isinstance(section, dict) else None
+    if isinstance(critic, dict):
+        yield from ((("ppo", "critic", *key), what) for key, what in _option_problems(critic))
 
 
 def _option_problems(part: Any) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -239,6 +251,14 @@ def _of_task(tree: dict[str, Any], data: Any, evaluation: Any) -> Iterator[tuple
     for name in FORMATS:
         if name != task and tree.get(name) is not None:
             yield (name,), f"this section is for task: {name}, and the task is {task}"
+    grpo, train = (section if isinstance(section := tree.get(key), dict) else {} for key in ("grpo", "train"))
+    size = grpo.get("group_size", Grpo.model_fields["group_size"].default)
+    rows = train.get("batch_size", Train.model_fields["batch_size"].default)
+    if task == "grpo" and type(size) is int and type(rows) is int and size > 1 and rows % size:
+        what = f"{rows} answers are no whole number of groups of {size} (grpo.group_size): take a multiple of {size}"
+        yield ("train", "batch_size"), what
+    if task in ("ppo", "grpo") and tree.get(task) is None:
+        yield (task,), f"it is missing: answers need a reward, as in `{task}: {{reward: runs/reward}}`"
     if task != "sft":
         if data.get("packing") is True:
             yield ("data", "packing"), f"only task: sft packs rows, and the task is {task}"

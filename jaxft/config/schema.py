@@ -277,7 +277,7 @@ class Rollouts(Section):
     missing_end_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     epochs: Count = 1
     minibatches: Count = 1
-    clip: Share = 0.2
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
 
 class Ppo(Rollouts):
@@ -308,14 +308,18 @@ class Ppo(Rollouts):
 class Grpo(Rollouts):
     """What group relative policy optimisation needs besides.
 
-    `group_size`: answers to one prompt; `train.batch_size` counts answers. `reduction`: as of `losses.grpo_loss`.
+    `group_size`: answers to one prompt; `train.batch_size` counts answers. `kl_coefficient`: weight of the KL to the
+    policy that the stage starts from; 0: there is no such reference. `correct_kl`, `ratio`, `reduction`: as of
+    `jaxft.losses.grpo_loss`; `scale`: as of `jaxft.losses.group_advantages`. `clip_high`: None: as `clip`.
     """
 
     group_size: Annotated[int, Field(ge=2)] = 8
     kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    clip_high: Share | None = None
+    correct_kl: bool = False
+    clip_high: Positive | None = None
+    ratio: Literal["token", "sequence"] = "token"
     reduction: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
-    scale: bool = True
+    scale: Literal["group", "batch", "none"] = "group"
 
 
 class Contestant(Section):

@@ -36,6 +36,12 @@ def filter_logits(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, t
 
 def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """Draw a token `[B]` for each row of `[B, V]` logits, row b with `fold_in(key, b)`; see `filter_logits`."""
-    kept = filter_logits(logits, temperature, top_k, top_p)
+    options = (logits, temperature, top_k, top_p)
+    kept = jax.lax.cond((top_k > 0) | (top_p < 1), filter_logits, _unfiltered, *options)  # sorting is dear
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(logits)))
     return jax.vmap(jax.random.categorical)(keys, kept)
+
+
+def _unfiltered(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    del top_k, top_p
+    return logits / temperature

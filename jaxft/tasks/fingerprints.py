@@ -13,6 +13,7 @@ from ..methods.partition import leaves
 from ..models.hub import NEEDED, resolve
 from ..models.sentence_folder import MODULES
 from ..models.tensors import read_json
+from ..rewards.functions import is_function
 from ..run import RunFolder
 from ..train.state import TrainState
 from .task import Data
@@ -32,7 +33,7 @@ def fingerprints(config: Config, data: Data, state: TrainState) -> Fingerprints:
     model = {**leaves(state.frozen), **leaves(state.trainable)}
     return {
         "rows": {f"{kind}: {source.name}": {"rows": len(source), "sha256": _rows(source)} for kind, source in sources},
-        "files": {name: file_digest(file) for name, file in _files(config.model.source)},
+        "files": {name: file_digest(file) for name, file in (*_files(config.model.source), *_reward_files(config))},
         "leaves": {path: f"{getattr(x, 'dtype', type(x).__name__)} {tuple(x.shape)}" for path, x in model.items()},
     }
 
@@ -99,6 +100,17 @@ def file_digest(file: Path) -> str:
             opened.seek(max(i * BLOCK, i * (size - BLOCK) // (BLOCKS - 1)))
             found.update(opened.read(BLOCK))
     return found.hexdigest()
+
+
+def _reward_files(config: Config) -> Iterator[tuple[str, Path]]:
+    """Yield what makes the rewards of a config: files of functions, and of models."""
+    section = config.ppo or config.grpo
+    for term in section.reward if section is not None else ():
+        file = Path(term.reward.rpartition(":")[0]) if is_function(term.reward) else None
+        if file is not None:
+            yield f"reward: {file}", file
+        elif Path(term.reward).exists():
+            yield from _files(term.reward)
 
 
 def _files(path: str) -> Iterator[tuple[str, Path]]:

@@ -5,7 +5,9 @@ from ..errors import ConfigError
 from .classify import ImageClassification, TextClassification
 from .contrastive import TextContrast
 from .dpo import PreferenceOptimisation
+from .grpo import GroupOptimization
 from .images import ImageContrast, RegionContrast
+from .ppo import PolicyOptimization
 from .reward import RewardModelling
 from .sft import SupervisedTuning
 from .task import Task
@@ -16,6 +18,8 @@ TASKS: dict[str, tuple[type[Task], ...]] = {
     "contrastive": (TextContrast, ImageContrast, RegionContrast),
     "reward": (RewardModelling,),
     "dpo": (PreferenceOptimisation,),
+    "ppo": (PolicyOptimization,),
+    "grpo": (GroupOptimization,),
 }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 
 from ..config import Config
 from ..errors import ConfigError, DataError, MeshError, RunError, refuse
-from ..loading import free_name, load, load_run, load_tokenizer, with_config, with_pooling
+from ..loading import free_name, load, load_run, load_tokenizer, root_folder, with_config, with_pooling
 from ..methods import Full, Method
 from ..methods.merge import merge
 from ..methods.method import adapters, parts_of
@@ -20,7 +21,7 @@ from ..models.sharing import without_dropout
 from ..parallel import make_mesh
 from ..parallel.rules import batch_devices
 from ..run import RunFolder
-from ..train.optimizer import in_phases, make_optimizer, make_schedule
+from ..train.optimizer import by_step, in_phases, make_optimizer, make_schedule
 from ..train.state import TrainState
 
 QUIET = ("reward", "dpo", "ppo", "grpo")  # tasks that have the base's own dropout off, unless their section says so
@@ -34,10 +35,7 @@ def base_of(config: Config) -> RunFolder | None:
 
 def base_folder(config: Config) -> Path:
     """Return the folder of the model that everything begins with: that of the last of the runs that lie over it."""
-    at = RunFolder(config.model.source)
-    while at.started and not at.model.is_dir():
-        at = RunFolder(at.config().model.source)  # the adapter's base may be a run too
-    return at.model if at.started else resolve(at.path)
+    return root_folder(config.model.source)
 
 
 def base_shape(config: Config) -> Any:
@@ -104,14 +102,20 @@ def _inherited(run: RunFolder) -> Method:
 
 
 def load_base(
-    config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None = None, labels: tuple[str, ...] = ()
+    config: Config,
+    run: RunFolder | None,
+    remat: str,
+    mesh: Mesh | None = None,
+    labels: tuple[str, ...] = (),
+    over: Any = None,
 ) -> Any:
     """Return the model that a config begins with: loaded, a run's, or random by its `config.json` alone.
 
     With `labels` it has a head of these classes, and its vectors are pooled as the head reads them; with
-    `model.pooling` both are pooled so. Its own dropout is off where the task has it off.
+    `model.pooling` both are pooled so. Its own dropout is off where the task has it off. `over`: of a run with an
+    adapter, the model of `load_bare` that it shares.
     """
-    model = _load_base(config, run, remat, mesh, labels)
+    model = _load_base(config, run, remat, mesh, labels, over)
     if config.task in QUIET and not getattr(getattr(config, config.task), "dropout", False):
         model = without_dropout(model)
     if config.model.pooling is not None:
@@ -119,12 +123,25 @@ def load_base(
     return with_config(model, pooling=model.reads) if labels and model.config.head_pooling is None else model
 
 
-def _load_base(config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None, labels: tuple[str, ...]) -> Any:
+def load_bare(config: Config, mesh: Mesh | None) -> Any:
+    """Return the model that everything begins with, in the dtype of the runs over it, without their adapters."""
+    at, dtype = base_of(config), dtype_of(config)
+    if at is None:
+        return load_base(config, None, choose_remat(config), mesh)
+    while at is not None and not at.model.is_dir():
+        began = at.config()
+        at, dtype = base_of(began), dtype or began.model.dtype
+    return load(base_folder(config), dtype=dtype, remat=choose_remat(config), mesh=mesh)[0]
+
+
+def _load_base(
+    config: Config, run: RunFolder | None, remat: str, mesh: Mesh | None, labels: tuple[str, ...], over: Any
+) -> Any:
     path = config.model.source
     options: dict[str, Any] = {"dtype": dtype_of(config), "remat": remat, "mesh": mesh}
     head: dict[str, Any] = {"labels": labels} if labels else {}
     if run is not None:
-        return load_run(run, **options, **head)[0]
+        return load_run(run, **options, **head, over=over)[0]
     if config.model.init == "random":
         return fresh_model(read_config(resolve(path), **options, **head, source=path), config.train.seed)
     if config.model.config is not None:
@@ -189,13 +206,19 @@ def choose_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | 
 
 def optimizer_of(config: Config, steps: int) -> Any:
     """Return the optimiser of a config."""
+    made = [_optimizer(config, schedule) for schedule in _schedules(config, steps)]
+    return made[0] if len(made) == 1 else in_phases(made[0], made[1], first_phase(config))
+
+
+def optimizer_by_step(config: Config, steps: int) -> Any:
+    """Return the optimiser of a config whose steps update several times: see `by_step`."""
+    return by_step(partial(_optimizer, config), schedule_of(config, steps))
+
+
+def _optimizer(config: Config, schedule: Any) -> Any:
     o = config.optimizer
     moments = {"b1": o.b1, "b2": o.b2, "eps": o.eps}
-    made = [
-        make_optimizer(o.name, schedule, weight_decay=o.weight_decay, clip_norm=o.clip_norm, **moments)
-        for schedule in _schedules(config, steps)
-    ]
-    return made[0] if len(made) == 1 else in_phases(made[0], made[1], first_phase(config))
+    return make_optimizer(o.name, schedule, weight_decay=o.weight_decay, clip_norm=o.clip_norm, **moments)
 
 
 def schedule_of(config: Config, steps: int) -> Any:

@@ -14,10 +14,12 @@ from ..config import Config, Source
 from ..data import Dataset
 from ..errors import DataError, refuse
 from ..interop.export import save_model
+from ..loading import free_name
+from ..methods import Method
 from ..run import RunFolder
 from ..train.state import TrainState
 from ..train.step import ModelLoss, make_train_step
-from .start import base_of, load_base, load_state
+from .start import base_of, load_base, load_state, optimizer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,10 @@ class Task:
     def loss(self) -> ModelLoss:
         """The loss of a step."""
         raise NotImplementedError
+
+    def check_config(self) -> None:
+        """Refuse options that do not go together: before anything is read."""
+        _ = self.loss
 
     def load_data(self, *, train: bool = True) -> Data:
         """Read the rows; every bad one is named before a model is loaded.
@@ -146,6 +152,20 @@ class Task:
         del state
         return make_train_step(self.loss, accumulate=self.config.train.accumulate)
 
+    def planned_state(self, model: Any, method: Method, steps: int) -> TrainState:
+        """Return the state that a run begins with, for a plan: over shapes, with the adapters of earlier runs."""
+        return TrainState.create(model, method, optimizer_of(self.config, steps), name=free_name(model))
+
+    def programs(self, state: TrainState, batch: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+        """Return the traced programs of a step for a plan, each with what it is given.
+
+        Args:
+            state: Of `planned_state`.
+            batch: Of `shapes`.
+        """
+        step = make_train_step(self.loss, accumulate=self.config.train.accumulate)
+        return [(step.trace(state, batch), (state, batch))]
+
     def held(self, state: TrainState) -> Any:
         """Return what the step holds in memory besides the state, as arrays or shapes, for a plan."""
         del state
@@ -183,7 +203,10 @@ def spread(rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
     return rows if limit is None or len(rows) <= limit else [rows[i * len(rows) // limit] for i in range(limit)]
 
 
-def steps_of(config: Config, sources: Iterable[Dataset]) -> int:
-    """Return how many steps a run of padded rows has: as asked for, or enough to see each row `epochs` times."""
+def steps_of(config: Config, sources: Iterable[Dataset], rows: int | None = None) -> int:
+    """Return how many steps a run of padded rows has: as asked for, or enough to see each row `epochs` times.
+
+    `rows`: of a step, where these are not `train.batch_size`.
+    """
     t = config.train
-    return t.steps or math.ceil((t.epochs or 1) * sum(map(len, sources)) / t.batch_size)
+    return t.steps or math.ceil((t.epochs or 1) * sum(map(len, sources)) / (rows or t.batch_size))

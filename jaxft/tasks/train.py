@@ -48,7 +48,7 @@ class Job:
         self.mesh = choose_mesh(config)
         self.stop = stop or Stop()
         self.task = task_of(config)
-        self.loss = self.task.loss  # what is wrong with it is said before anything is read
+        self.task.check_config()
         self.data = self.task.load_data()
         self.task.check_evaluation(self.data)
         check_trackers(config.trackers)
@@ -204,9 +204,9 @@ def sample_pairs(run: RunFolder) -> list[dict[str, Any]]:
     """Return the samples of a run, each with what was answered before and after."""
     rows = run.records(run.samples)
     last = max((row["step"] for row in rows), default=0)
-    before = {(row["prompt"], row["expected"]): row["answer"] for row in rows if row["step"] == 0}
+    before = {(row["prompt"], row.get("expected")): row["answer"] for row in rows if row["step"] == 0}
     return [
-        {**row, "before": before.get((row["prompt"], row["expected"]), ""), "after": row["answer"]}
+        {**row, "before": before.get((row["prompt"], row.get("expected")), ""), "after": row["answer"]}
         for row in rows
         if row["step"] == last
     ]

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import RunError, refuse
 from .state import TrainState
 
-OURS = ("loss", "grad_norm", "trained_tokens", "skipped")  # metrics that every step has
+OURS = ("loss", "grad_norm", "trained_tokens", "skipped", "drawn_tokens")  # metrics with a place of their own
 Hook = Callable[[TrainState], None]
 
 
@@ -34,7 +34,8 @@ def fit(
         steps: Of the whole run, those of the state included.
         log_every: Steps between two calls of `log`, which comes at the last step too.
         log: Gets the step and its figures: `loss` per trained token since the last call, `grad_norm` of this step,
-            `rows_per_second`, `tokens_per_second` (that are no padding, where rows have any), `step_seconds`,
+            `rows_per_second`, `tokens_per_second` (that are no padding, where rows have any; those that a step has
+            drawn, its metric `drawn_tokens`, among them), `step_seconds`,
             `trained_tokens` (the weight of the loss) and `skipped` steps since the last call, and whatever else the
             metrics of the steps hold, as the mean over these steps.
         hooks: What to do with the state after every so many steps: `{evaluate: 100, save: 50}`; their time does
@@ -95,6 +96,7 @@ def _figures(n: int, window: list[Any], tokens: int, rows: int, seconds: float) 
     if not good:
         refuse(RunError, f"steps {n - len(window) + 1} to {n}: none of them could be taken", _why(window))
     weight = float(sum(m["trained_tokens"] for m in good))
+    tokens += int(sum(m.get("drawn_tokens", 0) for m in window))
     loss = float(sum(np.float64(m["loss"]) * m["trained_tokens"] for m in good)) / weight
     others = {name: [float(m[name]) for m in good] for name in good[-1] if name not in OURS}
     return {

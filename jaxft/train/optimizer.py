@@ -1,6 +1,6 @@
 """Optimisers and schedules by name, and which leaves decay may touch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -67,6 +67,28 @@ def make_schedule(kind: str, learning_rate: float, *, steps: int, warmup_steps: 
     if not warmup_steps:
         return falling
     return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), falling], [warmup_steps])
+
+
+def by_step(make: Callable[[Any], optax.GradientTransformation], schedule: optax.Schedule) -> Any:
+    """Return an optimiser whose learning rate goes by the steps of a run, each of which may update many times.
+
+    Its `update` is told the step: `update(grads, state, params, step=step)`. So the rate is that of the step however
+    many updates it takes, or leaves out.
+
+    Args:
+        make: Returns the optimiser of a learning rate; its state does not hang on it.
+        schedule: The learning rate by step.
+
+    >>> tx = by_step(optax.sgd, lambda step: 1.0 / (1 + step))
+    >>> updates, _ = tx.update(jnp.ones(1), tx.init(jnp.zeros(1)), step=jnp.int32(1))
+    >>> float(updates[0])
+    -0.5
+    """
+
+    def update(grads: Any, state: Any, params: Any = None, *, step: jax.Array, **more: Any) -> tuple[Any, Any]:
+        return optax.with_extra_args_support(make(schedule(step))).update(grads, state, params, **more)
+
+    return optax.GradientTransformationExtraArgs(make(0.0).init, update)
 
 
 def in_phases(first: optax.GradientTransformation, second: optax.GradientTransformation, steps: int) -> Any:

@@ -43,19 +43,17 @@ class TrainStep:
         self.programs: dict[Any, Any] = {}
 
     def program(self, state: TrainState) -> Any:
-        """Return the jitted step for states like this one: one, whatever changes only in value.
-
-        On a mesh it has explicit out-shardings: what comes out lies as what went in, or the next step would be
-        compiled again.
-        """
+        """Return the jitted step for states like this one: one, whatever changes only in value."""
         mesh = mesh_of(state.frozen)
         kind = None if mesh is None else jax.tree.structure((state.trainable, state.opt_state))
         if kind not in self.programs:
-            options: dict[str, Any] = {"static_argnames": "tx", "donate_argnames": ("trainable", "opt_state")}
-            if mesh is not None:
-                lies = jax.tree.map(lambda x: x.sharding, (state.step, state.trainable, state.opt_state))
-                options["out_shardings"] = (*lies, repeated(mesh))
-            self.programs[kind] = jax.jit(partial(train_step, self.loss, self.accumulate), **options)
+            self.programs[kind] = jitted(
+                partial(train_step, self.loss, self.accumulate),
+                (state.step, state.trainable, state.opt_state),
+                mesh,
+                static_argnames="tx",
+                donate_argnames=("trainable", "opt_state"),
+            )
         return self.programs[kind]
 
     def trace(self, state: TrainState, batch: Batch) -> Any:
@@ -149,13 +147,47 @@ def train_step(
     some = jnp.maximum(weight, TINY)
     mean, grads = total / some, jax.tree.map(lambda g: g / some.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
-    updates, new_opt = optax.with_extra_args_support(tx).update(grads, opt_state, params, value=mean)
-    new = optax.apply_updates(params, updates)
-    good = (weight > 0) & jnp.isfinite(mean) & jnp.isfinite(norm) & finite(new)
-    keep: Callable[[Any, Any], Any] = partial(jax.tree.map, partial(jnp.where, good))
+    update = partial(optax.with_extra_args_support(tx).update, value=mean, step=step)
+    good = (weight > 0) & jnp.isfinite(mean) & jnp.isfinite(norm)
+    params, opt_state, good = moved(update, grads, opt_state, params, good)
     metrics = {name: a / jnp.maximum(b, TINY) for name, (a, b) in sums["extra"].items()}
     metrics |= {"loss": mean, "grad_norm": norm, "trained_tokens": weight, "skipped": 1 - good.astype(jnp.int32)}
-    return step + 1, with_leaves(trainable, keep(new, params)), keep(new_opt, opt_state), metrics
+    return step + 1, with_leaves(trainable, params), opt_state, metrics
+
+
+def moved(
+    update: Callable[..., Any], grads: Any, opt_state: Any, params: Any, good: jax.Array
+) -> tuple[Any, Any, jax.Array]:
+    """Return parameters and optimiser's state one update on, and whether they are.
+
+    They are exactly as they were where `good` is False, or where a new parameter is not finite.
+
+    Args:
+        update: Of the optimiser: `updates, opt_state = update(grads, opt_state, params)`.
+        grads: A pytree, as `params`.
+        opt_state: The optimiser's state.
+        params: What is trained.
+        good: Whether the update is to be taken.
+    """
+    updates, new_opt = update(grads, opt_state, params)
+    new = optax.apply_updates(params, updates)
+    good = good & finite(new)
+    keep: Callable[[Any, Any], Any] = partial(jax.tree.map, partial(jnp.where, good))
+    return keep(new, params), keep(new_opt, opt_state), good
+
+
+def jitted(function: Callable[..., Any], results: tuple[Any, ...], mesh: Mesh | None, **options: Any) -> Any:
+    """Return a jitted step. On a mesh what comes out lies as what went in, or the next would be compiled again.
+
+    Args:
+        function: It returns something like `results`, and metrics.
+        results: Arrays, or their shapes, that lie where the results shall.
+        mesh: The mesh, if there is one.
+        options: Of `jax.jit`.
+    """
+    if mesh is not None:
+        options["out_shardings"] = (*jax.tree.map(lambda x: x.sharding, results), repeated(mesh))
+    return jax.jit(function, **options)
 
 
 def over_micro_batches(
