@@ -131,7 +131,7 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
     needs = [_needs(traced, _device_bytes(given), whole, topology) for traced, given in programs]
     most = max(needs, key=lambda one: one.total)
     roles = (state, state.critic) if isinstance(state, PpoState) else (state,)
-    reference = state.reference if isinstance(state, PpoState) else held
+    held = (held, state.reference) if isinstance(state, PpoState) else held
     report = parameter_report(state)
     return Plan(
         device=devices[0].device_kind,
@@ -142,7 +142,7 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
         width=max((x.shape[1] for name, x in batch.items() if name.endswith("input_ids")), default=0),
         trainable_parameters=report.trainable,
         total_parameters=report.total,
-        parameters_bytes=_device_bytes((reference, [(role.trainable, role.frozen) for role in roles])),
+        parameters_bytes=_device_bytes((held, [(role.trainable, role.frozen) for role in roles])),
         optimizer_bytes=_device_bytes([role.opt_state for role in roles]),
         temporary_bytes=most.temporaries,
         total_bytes=most.total,
@@ -169,7 +169,7 @@ def _needs(traced: Any, arguments: int, held: int, topology: str | None) -> _Nee
     Args:
         traced: The program.
         arguments: Bytes of what it is given.
-        held: Bytes of the state, of which some may not be among them.
+        held: Bytes of all that the run holds, of which some may not be among them.
         topology: As of `make_plan`.
     """
     lowered = traced.lower()

@@ -140,19 +140,8 @@ INSIDE["interop"] += ["export", "sentence_transformers", "__init__"]
 INSIDE["data"] += ["labels", "columns", "prompts", "preference"]
 INSIDE["data"] += ["pixels", "image_files", "images", "augment", "regions", "__init__"]
 INSIDE["train"] += ["trackers", "stop", "lock", "memory", "policy", "scoring", "experience", "ppo", "grpo", "__init__"]
-INSIDE["tasks"] += [
-    "images",
-    "rollouts",
-    "prompts",
-    "ppo",
-    "grpo",
-    "comparisons",
-    "reward",
-    "dpo",
-    "registry",
-    "stages",
-]
-INSIDE["tasks"] += ["fingerprints", "train", "embed", "use"]
+INSIDE["tasks"] += ["images", "comparisons", "reward", "dpo", "rollouts", "prompts", "ppo", "grpo"]
+INSIDE["tasks"] += ["stages", "registry", "fingerprints", "train", "embed", "use"]
 INSIDE["rewards"] = ["answers", "named", "functions", "models", "make", "__init__"]
 INSIDE["compare"] = ["contestants", "runs", "table", "picture", "__init__"]
 FILES = sorted(ROOT.rglob("*.py"))

@@ -32,7 +32,7 @@ def rows(text):
         sentences = re.findall(r"[^.!?]+[.!?]+\"?", paragraph)
         if len(sentences) < 3 or len(sentences[0].split()) > 16 or len("".join(sentences[1:3]).split()) > 30:
             continue
-        yield {"prompt": sentences[0].strip(), "completion": "".join(sentences[1:3]).rstrip()}
+        yield {"prompt": sentences[0].strip(), "completion": "".join(sentences[1:3]).strip()}
 
 
 def write(name, made):
@@ -55,8 +55,8 @@ def compared(run, prompts, seed):
             answers.append(drawn)
     one, two = ([a for part in answers[n::2] for a in part] for n in (0, 1))
     for prompt, pair in zip(prompts, zip(one, two, strict=True), strict=True):
-        worse, better = sorted(pair, key=cheer)
-        if cheer(better) > cheer(worse) and worse.strip():
+        worse, better = sorted((answer.strip() for answer in pair), key=cheer)
+        if cheer(better) > cheer(worse) and worse:
             yield {"prompt": prompt, "chosen": better, "rejected": worse}
 
 

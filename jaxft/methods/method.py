@@ -211,6 +211,8 @@ def detach(model: Any, name: str) -> Any:
     """
     if name not in adapters(model):
         raise MethodError(f"no adapter {name!r}; the model has {sorted(adapters(model)) or 'none'}")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model)):
+        return place(jax.eval_shape(lambda m: detach(m, name), model))
     fresh = copy_tree(model)
     modules: list[Any] = [module for _, module in nnx.iter_modules(fresh)]
     for module in modules:

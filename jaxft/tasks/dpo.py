@@ -21,7 +21,7 @@ from ..train.evaluate import evaluate_loss
 from ..train.state import TrainState
 from ..train.step import ModelLoss, make_train_step
 from .comparisons import OfComparisons
-from .start import base_of, beginning, dtype_of, load_base
+from .start import base_of, begin, dtype_of, load_base
 from .task import Data
 
 
@@ -67,7 +67,7 @@ class PreferenceOptimisation(OfComparisons):
         del data
         begun = self.begun or self.config
         base = load_base(begun, base_of(begun), "none", mesh)
-        model, method, name = beginning(begun, base)
+        model, method, name = begin(begun, base)
         self.reference = attached(model, method, name=name, seed=begun.train.seed)
         if self.begun is None:
             return self.reference

@@ -21,7 +21,7 @@ from ..train.state import TrainState
 from ..train.step import Metrics
 from .prompts import OfPrompts, whole, width_of
 from .rollouts import Drawing, answer_shapes, trace_drawing
-from .start import base_folder, begin, optimizer_by_step
+from .start import base_folder, optimizer_by_step
 from .task import Data, steps_of
 
 
@@ -64,7 +64,7 @@ class GroupOptimization(OfPrompts):
         """Return the state that the run begins with, and load the models of the rewards over its base."""
         del data
         model, bare = self.load_start(mesh)
-        state = begin(self.config, model, optimizer_by_step(self.config, steps))
+        state = self.begin(model, steps)
         self.reward = self.reward.load(bare, base_folder(self.config))
         return state
 

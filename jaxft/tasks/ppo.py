@@ -19,7 +19,7 @@ from ..train.state import TrainState
 from ..train.step import Metrics
 from .prompts import OfPrompts, whole
 from .rollouts import Drawing, answer_shapes, trace_drawing
-from .start import base_folder, begin, optimizer_by_step
+from .start import base_folder, optimizer_by_step
 from .task import Data
 
 
@@ -46,8 +46,7 @@ class PolicyOptimization(OfPrompts):
         del data
         config = self.config
         model, bare = self.load_start(mesh)
-        policy = begin(config, model, optimizer_by_step(config, steps))
-        state = self.with_critic(policy, fresh=config.method is not None)
+        state = self.with_critic(self.begin(model, steps), fresh=config.method is not None)
         self.reward = self.reward.load(bare, base_folder(config))
         self.critic_positions = state.critic.frozen.positions_left()
         return state

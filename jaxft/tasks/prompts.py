@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from ..config import Source
@@ -18,12 +17,25 @@ from ..errors import BatchError, ConfigError, refuse
 from ..generation.generate import stops_of
 from ..learning_picture import draw_learning
 from ..loading import load_run
+from ..methods.partition import attached
 from ..models.seams import number
 from ..parallel.rules import batch_devices
 from ..rewards import Reward, read_rewards
 from ..run import RunFolder
+from ..train.state import TrainState
 from .rollouts import Drawing, Figures, summed
-from .start import base_folder, base_of, begin, choose_mesh, choose_remat, dtype_of, load_bare, load_base, tokenizer_of
+from .start import (
+    base_folder,
+    base_of,
+    begin,
+    choose_mesh,
+    choose_remat,
+    dtype_of,
+    load_bare,
+    load_base,
+    optimizer_by_step,
+    tokenizer_of,
+)
 from .task import Data, Task, steps_of
 
 EVALUATION = number("evaluation")
@@ -110,20 +122,26 @@ class OfPrompts(Task):
             return bare, bare
         return load_base(config, run, choose_remat(config), mesh, over=bare), bare
 
+    def begin(self, model: Any, steps: int) -> TrainState:
+        """Return the state of a policy before step 0, over the model that the stage begins with."""
+        model, method, name = begin(self.config, model)
+        tx = optimizer_by_step(self.config, steps)
+        return TrainState.create(model, method, tx, seed=self.config.train.seed, name=name)
+
     def load_model(self, mesh: Mesh | None, data: Data) -> Any:
-        """Return the model that a config begins with, to evaluate it: of a run of its own, what that has made."""
+        """Return the model that a config begins with, or that the run has made; the reference is what that began with.
+
+        The run's adapter is laid over the reference's own base, which so is in memory once.
+        """
         del data
-        run = base_of(self.config)
-        own = run is not None and run.config().output == self.config.output
-        began = type(self)(run.config()) if run is not None and own else self
-        model, bare = began.load_start(mesh)
-        self.reward = self.reward.load(bare, base_folder(began.config))
-        self.reference = model
-        if run is None or not own:
-            return model
-        self.reference = begin(began.config, model, optax.set_to_zero()).model
-        options: dict[str, Any] = {"dtype": dtype_of(self.config), "remat": choose_remat(self.config), "mesh": mesh}
-        return load_run(run, **options, over=bare)[0]
+        begun = self.begun or self.config
+        start, bare = type(self)(begun).load_start(mesh)
+        self.reward = self.reward.load(bare, base_folder(begun))
+        model, method, name = begin(begun, start)
+        self.reference = attached(model, method, name=name, seed=begun.train.seed)
+        if self.begun is None:
+            return self.reference
+        return load_run(RunFolder(self.config.model.source), dtype=dtype_of(begun), mesh=mesh, over=bare)[0]
 
     def check_fit(self, data: Data, model: Any) -> None:
         """Refuse prompts of tokens that the model does not know, or too long for an answer to have its room.

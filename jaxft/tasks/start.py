@@ -71,17 +71,11 @@ def load_state(
         labels: Classes of a head that the model gets; (): it gets none.
         more: What the task trains besides the method.
     """
-    model = load_base(config, base_of(config), choose_remat(config), mesh, labels)
-    return begin(config, model, optimizer_of(config, steps), more=more)
+    model, method, name = begin(config, load_base(config, base_of(config), choose_remat(config), mesh, labels), more)
+    return TrainState.create(model, method, optimizer_of(config, steps), seed=config.train.seed, name=name)
 
 
-def begin(config: Config, model: Any, tx: Any, *, more: Method | None = None) -> TrainState:
-    """Return the first state of a run over the model that it begins with; see `load_state`."""
-    model, method, name = beginning(config, model, more)
-    return TrainState.create(model, method, tx, seed=config.train.seed, name=name)
-
-
-def beginning(config: Config, model: Any, more: Method | None = None) -> tuple[Any, Method | None, str]:
+def begin(config: Config, model: Any, more: Method | None = None) -> tuple[Any, Method | None, str]:
     """Return what a config trains: the model, the method (None: the adapter that hangs there), the adapter's name.
 
     Args:

@@ -14,6 +14,7 @@ from ..methods.method import adapters, detach, parts_of
 from ..methods.partition import combine
 from ..models.names import is_variable, variables
 from ..models.placement import mesh_of, move, place
+from ..models.seams import AdapterWeights
 from ..models.sharing import with_head
 from ..parallel.rules import repeated
 from .state import TrainState
@@ -102,12 +103,14 @@ def value_model(model: Any) -> Any:
 
 
 def borrowing(part: Any, lender: Any) -> Any:
-    """Return a part with holes where it holds the very arrays that another part has at the same place."""
+    """Return a part with holes where it holds the very arrays, or like shapes, that another has at the same place."""
     there = {path: variable.get_value() for path, variable in variables(lender).items()}
 
     def pick(path: str, variable: Any) -> Any:
         value = variable.get_value()
-        return variable.replace(None) if value is not None and there.get(path) is value else variable
+        shape = isinstance(value, jax.ShapeDtypeStruct) and not isinstance(variable, AdapterWeights)
+        equal = shape and there.get(path) == value
+        return variable.replace(None) if equal or (value is not None and there.get(path) is value) else variable
 
     return _map(pick, part)
 
