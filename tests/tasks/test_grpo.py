@@ -16,6 +16,7 @@ from jaxft.errors import ConfigError
 from jaxft.models.tensors import Tensors
 from jaxft.plan import make_plan
 from jaxft.tasks.registry import task_of
+from jaxft.tasks.train import Job
 from jaxft.train.checkpoint import Checkpoints
 
 CONFIG = """task: grpo
@@ -194,6 +195,44 @@ def test_a_run_of_each_method_and_the_next_over_it(run, place, method):
     assert code == 0, err
     then = trained(place / f"{name}-next")
     assert then[0]["kl"] == 0 < then[1]["kl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["{data: 4, fsdp: 2}", "{data: 2, fsdp: 2, tensor: 2}"])
+def test_on_eight_devices_as_on_one(place, monkeypatch, mesh):
+    """The same draws, figures and steps; and no step compiles again."""
+    monkeypatch.chdir(place)
+    sets = (
+        "train.steps=3",
+        "train.eval_every=3",
+        "train.accumulate=2",
+        "optimizer.name=sgd",
+        "grpo.kl_coefficient=1.0",
+    )
+    figures = []
+    for n, devices in enumerate(("null", mesh)):
+        output = f"{mesh.count(':')}-{n}"
+        job = Job(load_config("c.yaml", [*sets, f"mesh={devices}", f"output={output}"]), say=lambda _: None)
+        job.train()
+        assert [program._cache_size() for program in job.step.update.programs.values()] == [1]
+        figures.append([{k: v for k, v in row.items() if k in COMPARED} for row in logged(place / output)])
+    assert len(figures[0]) == 5
+    for one, eight in zip(*figures, strict=True):
+        assert eight == pytest.approx(one, abs=1e-5)
+
+
+COMPARED = (
+    "step",
+    "reward",
+    "accuracy",
+    "kl",
+    "loss",
+    "grad_norm",
+    "entropy",
+    "eval_reward",
+    "eval_kl",
+    "response_length",
+)
 
 
 def test_answers_to_a_prompt_stand_together(place, monkeypatch):

@@ -99,6 +99,10 @@ def tensors(folder, file="model.safetensors"):
         return {name: t.read(name) for name in t.shapes}
 
 
+def untimed(rows):
+    return [{k: v for k, v in row.items() if not any(word in k for word in ("second", "memory"))} for row in rows]
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
@@ -208,6 +212,8 @@ def test_four_roles_hold_one_base_and_compile_once(job, caplog):
     """Policy, reference, critic and reward model over one base, by the bytes of all arrays that are alive."""
     before = alive()
     made = job(LORA, "ppo.reward=reward", *SHORT, "train.steps=4")
+    files = made.fingerprints["files"]
+    assert {"reward/adapter: adapter_model.safetensors", "base: model.safetensors"} <= set(files)
     state, batches = made.state, made.batches.iterate(0)
     state, _ = made.step(state, next(batches))
     with jax.log_compiles(), caplog.at_level("WARNING"):
@@ -231,24 +237,47 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("method", [METHODS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
-def test_a_run_of_each_method_and_the_next_over_it(run, place, method):
+CASES = [pytest.param(m, more, marks=pytest.mark.slow) for m in METHODS[1:] for more in ("method=null", LORA)]
+CASES = [(LORA, "method=null"), pytest.param(LORA, LORA, marks=pytest.mark.slow), *CASES]
+
+
+@pytest.mark.parametrize(("method", "more"), CASES)
+def test_a_run_of_each_method_and_the_next_over_it(run, place, method, more):
     """The reference is what the stage begins with: after a run its adapter too, so that the first KL is 0 again."""
-    name = f"run{METHODS.index(method)}"
-    sets = given(*SHORT, "data.eval=null", "optimizer.learning_rate=0.1", "ppo.critic={name: lora, r: 2}")
+    name = f"run{METHODS.index(method)}{len(more)}"
+    critic = "null" if "bitfit" not in method else "{name: lora, r: 2}"  # a second copy of a bias does not stack
+    sets = given(*SHORT, "data.eval=null", "optimizer.learning_rate=0.1", f"ppo.critic={critic}")
     code, _, err = run("train", "c.yaml", *given(method), *sets, "--output", name)
     assert code == 0, err
     first = trained(place / name)
     assert first[0]["kl"] == 0 != first[1]["kl"]
     assert first[0]["grad_norm"] > 0
-    for more, after in ((("method=null",), "next"), ((LORA,), "over")):
-        more = given(*more, f"model.path={name}")
-        code, _, err = run("train", "c.yaml", *more, *sets, "--output", f"{name}-{after}")
+    code, _, err = run("train", "c.yaml", *given(more, f"model.path={name}"), *sets, "--output", f"{name}-next")
+    assert code == 0, err
+    then = trained(place / f"{name}-next")
+    assert then[0]["kl"] == 0 != then[1]["kl"]
+    assert then[0]["entropy"] != first[0]["entropy"]
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_figures_of_one_device(run, place):
+    for name, mesh in (("alone", ()), ("split", ("mesh={data: 2, fsdp: 4}", "model.path=wide"))):
+        config = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "eos_token_id": 1}
+        jaxft.save_model(jaxft.testing.tiny_llama(vocab_size=304, **config), place / "wide", make_tokenizer())
+        sets = given(*SHORT, "data.eval=held.jsonl", "train.eval_every=1", "model.path=wide", LORA, *mesh)
+        code, _, err = run("train", "c.yaml", *sets, "--output", name)
         assert code == 0, err
-        then = trained(place / f"{name}-{after}")
-        assert then[0]["kl"] == 0 != then[1]["kl"]
-        assert then[0]["entropy"] == pytest.approx(first[0]["entropy"], abs=1)
-        assert then[0]["entropy"] != first[0]["entropy"]
+    alone, split = logged(place / "alone"), logged(place / "split")
+    assert len(alone) == len(split) == 5
+    for one, other in zip(alone, split, strict=True):
+        for key in one.keys() - {
+            "seconds",
+            "peak_memory_bytes",
+            "step_seconds",
+            "tokens_per_second",
+            "rows_per_second",
+        }:
+            assert other[key] == pytest.approx(one[key], rel=5e-3, abs=1e-4), key
 
 
 def test_prompts_that_leave_no_room_are_named(place, monkeypatch):

@@ -113,6 +113,15 @@ def test_micro_batches_add_up(model, reduction):
     assert also["entropy"] == pytest.approx(said["entropy"], rel=1e-5)
 
 
+def test_so_many_rows_are_in_memory_at_once(model):
+    """Those of a micro-batch of a minibatch."""
+    taken, seen = GrpoUpdate(replace(OPTIONS, minibatches=2, accumulate=2)), []
+    loss = taken.loss
+    taken.loss = lambda model, batch, *, key: seen.append(len(batch["mask"])) or loss(model, batch, key=key)
+    taken.trace(begin(model), Drawn(rollout(), REWARDS, jnp.zeros((4, R))))
+    assert set(seen) == {1}
+
+
 def test_reductions_divide_by_what_they_say(model):
     """One SGD step is linear in the loss: by tokens 10 (mean 2.5 an answer), or by 4 answers of 4 places."""
     start = leaves(begin(model).trainable)
