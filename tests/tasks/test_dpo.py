@@ -117,7 +117,6 @@ def test_after_an_sft_run_the_reference_is_base_and_adapter(done, run, place):
     assert code == 0, err
     assert figures(out) == pytest.approx(said["after"], abs=2e-6)
     assert list(jaxft.adapters(jaxft.load(place / "over")[0])) == ["default", "default_2"]
-    assert run("plan", "over.yaml")[0] == 0
     assert run("export", "over", "--format", "merged", "--output", "out/over")[0] == 0
     ids = np.array([[5, 6, 7, 8]])
     np.testing.assert_allclose(jaxft.load("out/over")[0](ids), jaxft.load("over")[0](ids), atol=1e-5)
@@ -149,7 +148,7 @@ METHODS = {
     "prompt | adapter": jaxft.PromptTuning(num_virtual_tokens=2) | jaxft.Adapter(reduction_factor=4),
     "pissa": jaxft.LoRA(r=2, init="pissa"),
 }
-QUICK = ("lora", "full", "prefix")
+QUICK = ("full", "prefix")  # LoRA is what the runs above train
 
 
 def pairs(rows=8, width=12, seed=0):
@@ -190,7 +189,8 @@ def test_each_method_begins_at_log_2_beside_a_reference_that_stays(task, name):
     assert all(np.array_equal(before[path], x) for path, x in after.items()) and len(after) == len(before)
 
 
-@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}])
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_eight_devices_do_what_one_does(task, axes):
     """The loss of two steps, at a learning rate that moves the policy, with two micro-batches."""
     from jaxft.models.hub import fresh_model

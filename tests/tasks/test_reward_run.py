@@ -160,6 +160,7 @@ def test_margins_of_rows_and_config(run, place):
     assert figures(out)["eval_loss"] > own + 0.05
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_leaves_a_classifier(run, place):
     sets = ["method={name: full}", "train.steps=1", "train.eval_every=1"]
     code, _, err = run("train", "reward.yaml", "--output", "full", *(x for s in sets for x in ("--set", s)))

@@ -80,6 +80,11 @@ def test_what_no_config_beside_makes_is_looked_for_elsewhere(run, place):
 def test_a_run_of_preferences_is_asked_in_the_form_of_the_supervised_one(run, place):
     assert run("train", "recipe/sft.yaml")[0] == 0
     assert run("train", "recipe/dpo.yaml")[0] == 0
+    code, out, err = run("plan", "recipe/reward.yaml", "--json")  # over the adapter of a run, which is not read
+    assert code == 0, err
+    _, said, _ = run("validate", "recipe/reward.yaml", "--set", "train.batch_size=2")
+    whole = said.split("all params: ")[1].split(" ")[0].replace(",", "")
+    assert json.loads(out)["total_parameters"] == int(whole)
     model, tokenizer = jaxft.load("runs/dpo")
     code, out, err = run("generate", "runs/dpo", "--prompt", "the cat", "--max-new-tokens", 5)
     assert code == 0, err
