@@ -23,12 +23,22 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+DEAR = {  # of these tests the cases with such names are slow ones: the default run holds the law by another case
+    "test_laws": ("gpt2", "qwen2", "tied"),
+    "test_remat_jit_and_loop_agree": ("gpt2", "qwen2", "tied", "gemma3", "patterns"),
+    "test_eight_devices_are_one": ("gpt2", "tensor", "bitfit", "biases"),
+    "test_its_bytes_are_those_of_live_arrays": ("tensor: 2",),
+    "test_a_slice_of_four_tpus": ("full",),
+    "test_loss_and_gradients_are_those_of_the_rows": ("llama-full", "gpt2-lora"),
+    "test_any_optimiser_of_optax": ("noisy", "schedule-free", "lookahead"),
+}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The laws of each method are held by Llama in the default run; by the other families among the slow ones."""
+    """Mark the dear cases as slow, which the default run leaves out."""
     for item in items:
-        others = any(family in item.name for family in ("gpt2", "qwen2", "tied"))
-        if others and getattr(item, "originalname", "") in ("test_laws", "test_remat_jit_and_loop_agree"):
+        if any(part in item.name for part in DEAR.get(getattr(item, "originalname", ""), ())):
             item.add_marker(pytest.mark.slow)
 
 

@@ -157,6 +157,7 @@ def test_a_failure_is_in_its_row(place, run, here):
     assert (code, "tell why" in out, (place / "failing" / "compare.png").exists()) == (1, True, True)
 
 
+@pytest.mark.slow
 def test_a_sweep(place, run, here):
     code, out, _ = run("compare", "c.yaml", "--sweep", "method.r=1,2", "--output", "ranks")
     assert code == 0

@@ -118,6 +118,7 @@ def test_what_does_not_fit_is_an_answer(config):
     assert 0 <= rest < 64 * 16384 * 3 * 4 + 1000  # the batch
 
 
+@pytest.mark.slow
 def test_arguments_alone_can_be_too_much(config, tmp_path):
     """The compiler's figure has the arguments in it: they are not counted twice."""
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "intermediate_size": 4 * 2**20}))
@@ -152,6 +153,7 @@ def test_an_unknown_topology(config, topology, capsys, monkeypatch):
     assert f"topology {topology!r}: no such TPU slice" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_table_for_people(config):
     said = str(make_plan(load_config(config(more="mesh: {data: 1, fsdp: 8}\n"))))
     for part in ("8 x cpu (data=1, fsdp=8, tensor=1)\n8 rows x 128 tokens", f"{LORA:,} of", "to spare", "all-gather"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxft.models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-YAML, SIMILAR = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+YAML, SIMILAR, GRPO = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -36,9 +37,16 @@ def folder(tmp_path_factory):
     for name in ("train.csv", "test.csv"):
         (where / name).write_text(pairs)
     (where / "similar.yaml").write_text(SIMILAR)
+    (where / "grpo.yaml").write_text(GRPO)
+    questions = [{"prompt": f"{i} + {i} =", "answer": 2 * i} for i in range(16)]
+    (where / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    jaxft.save_model(jaxft.testing.tiny_llama(vocab_size=300), where / "my-stories-model", make_tokenizer())
+    stories = "".join(f"The cat sat on mat {i}. It was happy. Then it slept.\n" for i in range(340))
+    (where / "stories.txt").write_text(stories)
     return where
 
 
+@pytest.mark.slow
 def test_the_code_runs(folder, monkeypatch, capsys):
     assert len(BLOCKS) == 7
     monkeypatch.chdir(folder)
@@ -57,9 +65,9 @@ def test_the_code_runs(folder, monkeypatch, capsys):
 def test_the_command_lines_run(folder, monkeypatch, capsys):
     """Each in the order of the README, in one folder; the quickstart's own config for three steps."""
     monkeypatch.chdir(folder)
-    lines = re.findall(r"^jaxft ([^\\\n]+(?:\\\n[^\\\n]+)*)", README, re.MULTILINE)
-    assert len(lines) == 16
-    assert {line.split()[0] for line in lines} == {
+    lines = re.findall(r"^(?:jaxft |python (?=configs/rlhf))([^\\\n]+(?:\\\n[^\\\n]+)*)", README, re.MULTILINE)
+    assert len(lines) == 22
+    assert {line.split()[0] for line in lines if not line.startswith("configs/")} == {
         "train",
         "validate",
         "evaluate",
@@ -71,11 +79,18 @@ def test_the_command_lines_run(folder, monkeypatch, capsys):
     }
     for line in lines:
         words = shlex.split(line.replace("\\\n", " "), comments=True)
+        if words[0].endswith("make_data.py"):
+            rows_of_the_recipe(monkeypatch, words)
+            continue
         short = ["--set", "train.steps=3", "--set", "optimizer.warmup_steps=0"] if "configs/" in line else []
         if "plan configs" in line:  # the compiler takes minutes over the real shape
             short = ["--set", "model.config=my-model/config.json", "--set", "data.max_length=64"]
         if "compare" in line:
             short = ["--set", "train={steps: 1, batch_size: 2}", "--set", "optimizer.warmup_steps=0"]
+        if "rlhf" in line:
+            short += ["--set", "train.batch_size=8", "--set", "data.max_length=64"]
+        if "ppo" in line:
+            short += ["--set", "ppo.max_new_tokens=8"]
         if "base.yaml" in line:  # its rows are made by the line before it
             short += ["--set", "data.train=text.jsonl", "--set", "train.batch_size=4"]
         monkeypatch.setattr(sys, "argv", ["jaxft", *words, *short])
@@ -86,6 +101,18 @@ def test_the_command_lines_run(folder, monkeypatch, capsys):
     assert (folder / "out/first-adapter/adapter_config.json").is_file()
     assert (folder / "runs/mine/summary.json").is_file()
     the_table_of_the_run_folder_names_what_is_there(folder)
+
+
+def rows_of_the_recipe(monkeypatch, words):
+    """Run the script that makes them; a model of random numbers writes nothing cheerful, so its pairs are given."""
+    if "--run" in words:
+        assert Path(words[-1], "summary.json").is_file()
+        rows = [{"prompt": f"The cat {i}.", "chosen": "It was happy.", "rejected": "It was sad."} for i in range(16)]
+        for name in ("pairs.jsonl", "pairs-eval.jsonl"):
+            Path("runs/rlhf-data", name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def the_table_of_the_run_folder_names_what_is_there(folder):

@@ -118,8 +118,9 @@ def _normal(tree: dict[str, Any], places: Places) -> None:
         holder["method"] = method if method is None or isinstance(method, list) else [method]
     for task in ("ppo", "grpo"):
         section = tree.get(task)
-        if isinstance(section, dict) and isinstance(section.get("reward"), str):
-            section["reward"] = [{"reward": section["reward"]}]
+        if isinstance(section, dict) and isinstance(section.get("reward"), (str, dict, list)):
+            terms = _listed(section["reward"], (task, "reward"), places)
+            section["reward"] = [{"reward": term} if isinstance(term, str) else term for term in terms]
     data = tree.get("data")
     if not isinstance(data, dict):
         return
@@ -127,9 +128,7 @@ def _normal(tree: dict[str, Any], places: Places) -> None:
         given = data.get(key)
         if given is None:
             continue
-        if not isinstance(given, list):
-            given = [given]
-            places |= {(*p[:2], 0, *p[2:]): where for p, where in [*places.items()] if p[:2] == ("data", key)}
+        given = _listed(given, ("data", key), places)
         sources: list[Any] = [{"path": source} if isinstance(source, str) else source for source in given]
         data[key] = sources
         fields = [source for source in sources if isinstance(source, dict)]
@@ -144,6 +143,15 @@ def _normal(tree: dict[str, Any], places: Places) -> None:
                 names = [stem, *(f"{stem}_{n}" for n in range(2, len(sources) + 2))]
                 source["name"] = next(name for name in names if name not in taken)
                 taken.append(source["name"])
+
+
+def _listed(given: Any, path: Path, places: Places) -> list[Any]:
+    """Return what may be one or a list as a list; what is inside the one is found under its place in the list too."""
+    if isinstance(given, list):
+        return given
+    n = len(path)
+    places |= {(*path, 0, *p[n:]): where for p, where in [*places.items()] if p[:n] == path}
+    return [given]
 
 
 def _holders(tree: dict[str, Any]) -> dict[Path, dict[str, Any]]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import BatchError, MethodError, refuse
-from .ppo import check_places, kept, kl_penalty, masked_mean, ratios
+from .ppo import check_places, kept, kl_penalty, log_ratios, masked_mean
 
 REDUCTIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "none")
 
@@ -116,7 +116,7 @@ def grpo_loss(
         advantages = jnp.broadcast_to(advantages[:, None], mask.shape)
     arrays = {"log_probs": log_probs, "old_log_probs": old_log_probs, "advantages": advantages, "mask": mask}
     check_places("grpo_loss", **arrays)
-    log_ratio = ratios(log_probs, old_log_probs, mask)
+    log_ratio = log_ratios(log_probs, old_log_probs, mask)
     if ratio == "sequence":
         log_ratio = jnp.broadcast_to(_mean(log_ratio, mask != 0, 1), mask.shape)
     weight, advantages = jnp.exp(log_ratio), kept(advantages, mask)

@@ -27,8 +27,8 @@ def token_log_probs(
 ) -> Any:
     """Return `log softmax(logits_t / temperature)[x_t+1]`: place t speaks of token t + 1.
 
-    The backward pass computes the logits of each chunk again: two heads forward, one backward, and the memory of a
-    chunk.
+    The backward pass computes the logits of each chunk again, in the memory of one; where all fit into one chunk it
+    does not.
 
     Args:
         model: A model with `hidden` and `head`, a pytree.
@@ -74,7 +74,9 @@ def token_log_probs(
         return tuple(found)
 
     parts = split_positions(model, hidden, tokens, chunk)
-    made = jax.lax.map(jax.checkpoint(figures, prevent_cse=False), (jnp.arange(len(parts[0])), *parts))
+    chunks = len(parts[0])
+    body = figures if chunks == 1 else jax.checkpoint(figures, prevent_cse=False)
+    made = jax.lax.map(body, (jnp.arange(chunks), *parts))
     found = tuple(x.swapaxes(0, 1).reshape(len(hidden), -1)[:, :places] for x in made)
     return found if entropy else found[0]
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..errors import BatchError, MethodError, refuse
+from ..errors import BatchError, MethodError
 
 STEEPEST = 20.0  # a log ratio beyond counts as this: its exp, 5e8, and all gradients are finite
 
@@ -301,7 +301,7 @@ def kept(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask != 0, x.astype(jnp.float32), 0)
 
 
-def ratios(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array) -> jax.Array:
+def log_ratios(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array) -> jax.Array:
     """Return log ratios `[B, T]` float32 that exp can take: between -20 and 20, 0 at places that do not count."""
     return jnp.clip(kept(log_probs, mask) - kept(old_log_probs, mask), -STEEPEST, STEEPEST)
 
@@ -312,7 +312,7 @@ def _policy_losses(
     """Return the losses `[B, T]` without clipping and with it."""
     _check_clip(name, clip)
     check_places(name, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
-    ratio = jnp.exp(ratios(log_probs, old_log_probs, mask))
+    ratio = jnp.exp(log_ratios(log_probs, old_log_probs, mask))
     advantages = kept(advantages, mask)
     return -advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip)
 
@@ -328,8 +328,8 @@ def _check_clip(name: str, clip: float) -> None:
         raise MethodError(f"{name}: clip={clip!r}: give a number above 0")
 
 
-def check_places(name: str, **arrays: jax.Array) -> None:
+def check_places(loss: str, **arrays: jax.Array) -> None:
     """Refuse arrays that are not all of one shape."""
     if len({x.shape for x in arrays.values()}) > 1:
         said = ", ".join(f"{name} is {list(x.shape)}" for name, x in arrays.items())
-        refuse(BatchError, f"{name} takes arrays of one shape, a number for each place", [said])
+        raise BatchError(f"{loss} takes arrays of one shape, a number for each place; {said}")

@@ -12,15 +12,17 @@ from jax.sharding import Mesh
 from ..config.schema import Grpo
 from ..data import TrainBatches
 from ..data.prompts import collate_prompts
+from ..loading import free_name
+from ..methods import Method
 from ..methods.partition import combine
 from ..models.placement import place
 from ..train.grpo import Drawn, GrpoOptions, GrpoUpdate
 from ..train.scoring import log_probs_of, log_probs_of_both
 from ..train.state import TrainState
 from ..train.step import Metrics
-from .prompts import OfPrompts, width_of
-from .rollouts import Drawing
-from .start import base_folder
+from .prompts import OfPrompts, whole, width_of
+from .rollouts import Drawing, answer_shapes, trace_drawing
+from .start import base_folder, optimizer_by_step
 from .task import Data, steps_of
 
 
@@ -73,6 +75,26 @@ class GroupOptimization(OfPrompts):
         if not self.rollouts.kl_coefficient:
             self.reference = None
         return model
+
+    def planned_state(self, model: Any, method: Method, steps: int) -> TrainState:
+        """Return the state that a run begins with, for a plan."""
+        return TrainState.create(model, method, optimizer_by_step(self.config, steps), name=free_name(model))
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the widest answers to learn from, as shapes."""
+        config, referred = self.config, bool(self.rollouts.kl_coefficient)
+        places = ["log_probs"] * (referred or self.options.updates > 1) + ["ref_log_probs"] * referred
+        width, room = whole(config.data.max_length), self.rollouts.max_new_tokens
+        return answer_shapes(config.train.batch_size, width, room, places)
+
+    def programs(self, state: TrainState, batch: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+        """Return the updates, and the drawing of answers, as traced for a plan."""
+        rollout, rest, drawing = trace_drawing(state.model, batch, state.key)
+        return [(GrpoUpdate(self.options).trace(state, Drawn(rollout, **rest)), (state, batch)), drawing]
+
+    def held(self, state: TrainState) -> Any:
+        """Return what the step holds besides the state: the reference's copy of the trained part."""
+        return state.trainable if self.rollouts.kl_coefficient else ()
 
     def make_step(self, state: TrainState) -> Callable[..., Any]:
         """Return the step: draw, reward, learn."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..config.schema import Ppo, make_one
-from ..generation.rollout import Rollout, draw_answers
+from ..loading import free_name
 from ..methods import Method
 from ..methods.partition import combine
 from ..train.experience import Experience, PpoOptions
@@ -19,7 +19,7 @@ from ..train.scoring import log_probs_of_both, values_of
 from ..train.state import TrainState
 from ..train.step import Metrics
 from .prompts import OfPrompts, whole
-from .rollouts import Drawing
+from .rollouts import Drawing, answer_shapes, trace_drawing
 from .start import base_folder, optimizer_by_step
 from .task import Data
 
@@ -60,31 +60,20 @@ class PolicyOptimization(OfPrompts):
 
     def planned_state(self, model: Any, method: Method, steps: int) -> PpoState:
         """Return the state that a run begins with, for a plan."""
-        policy = TrainState.create(model, method, optimizer_by_step(self.config, steps))
+        policy = TrainState.create(model, method, optimizer_by_step(self.config, steps), name=free_name(model))
         return self.with_critic(policy, fresh=True)
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the widest answers to learn from, as shapes."""
-        rows, room = self.config.train.batch_size, self.rollouts.max_new_tokens
-        ids = jax.ShapeDtypeStruct((rows, whole(self.config.data.max_length) + room), jnp.int32)
-        places, row = jax.ShapeDtypeStruct((rows, room), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
-        floats = dict.fromkeys(("log_probs", "ref_log_probs", "entropy", "values"), places)
-        masks = {"answer_mask": places.update(dtype=bool), "ended": row.update(dtype=bool)}
-        return {"input_ids": ids, "attention_mask": ids, **masks, **floats, "rewards": row}
+        config, places = self.config, ("log_probs", "ref_log_probs", "entropy", "values")
+        width, room = whole(config.data.max_length), self.rollouts.max_new_tokens
+        return answer_shapes(config.train.batch_size, width, room, places)
 
     def programs(self, state: Any, batch: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         """Return the updates, and the drawing of answers, as traced for a plan."""
-        names, room = ("input_ids", "attention_mask", "answer_mask", "ended"), self.rollouts.max_new_tokens
-        rest = {name: x for name, x in batch.items() if name not in names}
-        experience = Experience(Rollout(*(batch[name] for name in names)), **rest)
-        ids = batch["input_ids"]
-        ids = ids.update(shape=(ids.shape[0], ids.shape[1] - room))
-        scalar, whole_numbers = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-        stopping = jax.ShapeDtypeStruct((state.frozen.config.vocab_size,), bool)
-        model = state.model
-        drawn = draw_answers.trace(model, ids, ids, stopping, state.key, scalar, whole_numbers, scalar, room=room)
-        learnt = PpoUpdate(self.options).trace(state, experience)
-        return [(learnt, (dataclasses.replace(state, reference=None), batch)), (drawn, (model, ids, ids))]
+        rollout, rest, drawing = trace_drawing(state.model, batch, state.key)
+        learnt = PpoUpdate(self.options).trace(state, Experience(rollout, **rest))
+        return [(learnt, (dataclasses.replace(state, reference=None), batch)), drawing]
 
     def positions_left(self, model: Any) -> int | None:
         """Return how many tokens prompt and answer may have together, by policy and critic."""

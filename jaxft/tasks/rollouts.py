@@ -1,5 +1,7 @@
 """Answers drawn to the prompts of a run, and what they are worth: in training and in evaluation."""
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,6 +108,32 @@ class Drawing:
             {name: np.asarray(x, np.float64)[real] for name, x in figures.items()},
             [row for row, there in zip(said, real, strict=True) if there],
         )
+
+
+def answer_shapes(rows: int, width: int, room: int, places: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return answers, their rewards, and numbers at each of their places, as shapes, for a plan.
+
+    >>> {name: x.shape for name, x in answer_shapes(2, 8, 4, ["log_probs"]).items() if name[0] in "il"}
+    {'input_ids': (2, 12), 'log_probs': (2, 4)}
+    """
+    ids, row = jax.ShapeDtypeStruct((rows, width + room), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.float32)
+    each = jax.ShapeDtypeStruct((rows, room), jnp.float32)
+    masks = {"answer_mask": each.update(dtype=bool), "ended": row.update(dtype=bool)}
+    return {"input_ids": ids, "attention_mask": ids, **masks, **dict.fromkeys(places, each), "rewards": row}
+
+
+def trace_drawing(
+    model: Any, shapes: Mapping[str, Any], key: jax.Array
+) -> tuple[Rollout, dict[str, Any], tuple[Any, Any]]:
+    """Return the rollout of `answer_shapes`, the rest of them, and the traced drawing with what it is given."""
+    rest = dict(shapes)
+    rollout = Rollout(*(rest.pop(field.name) for field in dataclasses.fields(Rollout)))
+    ids: Any = rollout.input_ids
+    ids = ids.update(shape=(ids.shape[0], ids.shape[1] - rollout.room))
+    real, whole, flags = (jax.ShapeDtypeStruct((), kind) for kind in (jnp.float32, jnp.int32, bool))
+    stopping = flags.update(shape=(model.config.vocab_size,))
+    traced = draw_answers.trace(model, ids, ids, stopping, key, real, whole, real, room=rollout.room)
+    return rollout, rest, (traced, (model, ids, ids))
 
 
 def summed(figures: Figures) -> dict[str, float]:

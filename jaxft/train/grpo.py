@@ -106,12 +106,19 @@ class GrpoUpdate:
             self.programs[kind] = jitted(function, moving, mesh, static_argnames="tx", donate_argnames=donated)
         return self.programs[kind]
 
+    def trace(self, state: TrainState, drawn: Drawn) -> Any:
+        """Return the traced step, to look at; both may be shapes for arrays."""
+        return self.program(state).trace(**_arguments(state), drawn=drawn)
+
     def __call__(self, state: TrainState, drawn: Drawn) -> tuple[TrainState, Metrics]:
         """Take one step."""
-        names = ("step", "trainable", "opt_state", "frozen", "key", "tx")
-        given = {name: getattr(state, name) for name in names}
-        step, trainable, opt_state, metrics = self.program(state)(**given, drawn=drawn)
+        step, trainable, opt_state, metrics = self.program(state)(**_arguments(state), drawn=drawn)
         return state.replace(step=step, trainable=trainable, opt_state=opt_state), metrics
+
+
+def _arguments(state: TrainState) -> dict[str, Any]:
+    names = ("step", "trainable", "opt_state", "frozen", "key", "tx")
+    return {name: getattr(state, name) for name in names}
 
 
 def grpo_step(

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import peft
+import tokenizers
 import torch
 import transformers
 
@@ -158,6 +159,15 @@ def packs(lengths, limit):
     rows = datasets.Dataset.from_dict({"input_ids": [[row] * n for row, n in enumerate(lengths)]})
     packed = trl.pack_dataset(rows, limit, strategy="bfd")
     return [list(dict.fromkeys(ids)) for ids in packed["input_ids"]]
+
+
+def words(pad="<pad>"):
+    """A tokenizer whose tokens are words, w7 token 7; its end token is token 2, and without a pad token pads too."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, 64)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": pad, "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
 def as_json(value):

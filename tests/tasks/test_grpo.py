@@ -4,6 +4,7 @@ import json
 import os
 
 import numpy as np
+import optax
 import pytest
 from texts import make_tokenizer
 
@@ -13,7 +14,9 @@ from jaxft.config import load_config
 from jaxft.data import numbered
 from jaxft.errors import ConfigError
 from jaxft.models.tensors import Tensors
+from jaxft.plan import make_plan
 from jaxft.tasks.registry import task_of
+from jaxft.tasks.train import Job
 from jaxft.train.checkpoint import Checkpoints
 
 CONFIG = """task: grpo
@@ -194,6 +197,44 @@ def test_a_run_of_each_method_and_the_next_over_it(run, place, method):
     assert then[0]["kl"] == 0 < then[1]["kl"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["{data: 4, fsdp: 2}", "{data: 2, fsdp: 2, tensor: 2}"])
+def test_on_eight_devices_as_on_one(place, monkeypatch, mesh):
+    """The same draws, figures and steps; and no step compiles again."""
+    monkeypatch.chdir(place)
+    sets = (
+        "train.steps=3",
+        "train.eval_every=3",
+        "train.accumulate=2",
+        "optimizer.name=sgd",
+        "grpo.kl_coefficient=1.0",
+    )
+    figures = []
+    for n, devices in enumerate(("null", mesh)):
+        output = f"{mesh.count(':')}-{n}"
+        job = Job(load_config("c.yaml", [*sets, f"mesh={devices}", f"output={output}"]), say=lambda _: None)
+        job.train()
+        assert [program._cache_size() for program in job.step.update.programs.values()] == [1]
+        figures.append([{k: v for k, v in row.items() if k in COMPARED} for row in logged(place / output)])
+    assert len(figures[0]) == 5
+    for one, eight in zip(*figures, strict=True):
+        assert eight == pytest.approx(one, abs=1e-5)
+
+
+COMPARED = (
+    "step",
+    "reward",
+    "accuracy",
+    "kl",
+    "loss",
+    "grad_norm",
+    "entropy",
+    "eval_reward",
+    "eval_kl",
+    "response_length",
+)
+
+
 def test_answers_to_a_prompt_stand_together(place, monkeypatch):
     """And an epoch sees each prompt once, however many answers there are to it."""
     monkeypatch.chdir(place)
@@ -210,6 +251,16 @@ def test_a_reward_that_fails_is_named_with_its_row(run):
     code, _, err = run("train", "c.yaml", "--set", "grpo.reward=mine.py:bad", "--output", "bad")
     assert code == 2 and "Traceback" not in err
     assert "reward 'bad': rows.jsonl:2 ('and there it is'): it raised ZeroDivisionError" in " ".join(err.split())
+
+
+@pytest.mark.slow
+def test_a_plan_counts_drawing_learning_and_the_reference(place, monkeypatch):
+    monkeypatch.chdir(place)
+    plans = [make_plan(load_config("c.yaml", [LORA, f"grpo.kl_coefficient={kl}"])) for kl in (0.0, 0.1)]
+    state = jaxft.TrainState.create(jaxft.load("base")[0], load_config("c.yaml", [LORA]).make_method(), optax.sgd(0.1))
+    trained = sum(x.nbytes for x in jaxft.leaves(state.trainable).values())
+    assert plans[1].parameters_bytes - plans[0].parameters_bytes == trained > 0
+    assert plans[0].width == 16 + 6 and plans[0].rows == 32 and plans[0].fits
 
 
 WRONG = [
@@ -229,6 +280,19 @@ def test_a_config_that_cannot_be(place, override, what):
     with pytest.raises(ConfigError) as refused:
         load_config(place / "c.yaml", [override])
     assert what in str(refused.value)
+
+
+@pytest.mark.parametrize("given", ["length", "[length]", "{reward: length}", "[{reward: length}]"])
+def test_a_reward_may_be_written_shorter(place, given):
+    (term,) = load_config(place / "c.yaml", [f"grpo.reward={given}"]).grpo.reward
+    assert (term.reward, term.weight, term.options) == ("length", 1.0, {})
+
+
+def test_what_is_wrong_with_a_reward_has_its_line(place):
+    text = CONFIG[: CONFIG.index("  reward:")] + "  reward:\n    reward: length\n    wait: 2\noutput: run\n"
+    (place / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"odd.yaml:11: grpo.reward.0.wait: unknown key; nearest: 'weight'"):
+        load_config(place / "odd.yaml")
 
 
 def test_a_batch_that_cannot_be_dealt_out(run):

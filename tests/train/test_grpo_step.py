@@ -23,7 +23,8 @@ P, R = 3, 4
 LENGTHS = [4, 2, 1, 3]  # of the answers: the first does not end
 IDS = np.array([[0, 5, 6, 9, 8, 7, 3], [0, 5, 6, 4, 1, 0, 0], [9, 2, 2, 1, 0, 0, 0], [9, 2, 2, 7, 7, 1, 0]], np.int32)
 REWARDS = jnp.array([1.0, 3.0, 0.0, 5.0])
-OPTIONS = GrpoOptions(group_size=2, max_length=R)
+HEAT = 0.7  # the temperature of the draw
+OPTIONS = GrpoOptions(group_size=2, temperature=HEAT, max_length=R)
 
 
 def rollout(junk=0):
@@ -70,7 +71,7 @@ def test_one_update_is_the_gradient_of_the_advantages(model):
 
     def reinforce(params):
         whole = combine(with_leaves(state.trainable, params), state.frozen)
-        said = token_log_probs(whole, drawn.rollout.inputs, last=R)
+        said = token_log_probs(whole, drawn.rollout.inputs, temperature=HEAT, last=R)
         return -(said * advantages[:, None].astype(np.float32)).sum() / sum(LENGTHS)
 
     params = leaves(state.trainable)
@@ -89,7 +90,7 @@ def test_figures_of_the_answers(model):
     assert {name: metrics[name] for name in wanted} == wanted
     assert metrics["reward_std"] == pytest.approx(np.std([1, 1, 0, 5]))
     assert 0 < metrics["entropy"] <= np.log(64) and "kl" not in metrics
-    _, entropy = token_log_probs(begin(model).model, drawn.rollout.inputs, entropy=True, last=R)
+    _, entropy = token_log_probs(begin(model).model, drawn.rollout.inputs, temperature=HEAT, entropy=True, last=R)
     assert metrics["entropy"] == pytest.approx(float(entropy.sum()) / 10, rel=1e-5)
 
 
@@ -112,6 +113,15 @@ def test_micro_batches_add_up(model, reduction):
     assert also["entropy"] == pytest.approx(said["entropy"], rel=1e-5)
 
 
+def test_so_many_rows_are_in_memory_at_once(model):
+    """Those of a micro-batch of a minibatch."""
+    taken, seen = GrpoUpdate(replace(OPTIONS, minibatches=2, accumulate=2)), []
+    loss = taken.loss
+    taken.loss = lambda model, batch, *, key: seen.append(len(batch["mask"])) or loss(model, batch, key=key)
+    taken.trace(begin(model), Drawn(rollout(), REWARDS, jnp.zeros((4, R))))
+    assert set(seen) == {1}
+
+
 def test_reductions_divide_by_what_they_say(model):
     """One SGD step is linear in the loss: by tokens 10 (mean 2.5 an answer), or by 4 answers of 4 places."""
     start = leaves(begin(model).trainable)
@@ -127,7 +137,7 @@ def test_reductions_divide_by_what_they_say(model):
 def test_dapo_goes_by_the_tokens_of_the_step(model):
     """In minibatches too: where the steps are tiny, two updates add up to one of the whole, times two."""
     state, options = begin(model), replace(OPTIONS, scale="none")
-    old = log_probs_of(state.model, rollout(), jnp.float32(1))
+    old = log_probs_of(state.model, rollout(), jnp.float32(HEAT))
     start, drawn = leaves(state.trainable), Drawn(rollout(), REWARDS * 1e-3, old)
     once, twice = (after(state, drawn, replace(options, minibatches=n))[0] for n in (1, 2))
     doubled = {path: 2 * (x - start[path]) for path, x in once.items()}
@@ -148,7 +158,7 @@ def test_equal_rewards_teach_nothing(model):
 def test_kl_to_the_reference(model):
     """0 where the policy is the reference; the penalty pulls back towards it once it is not."""
     state = begin(model)
-    old, ref, _ = log_probs_of_both(state.trainable, state.trainable, state.frozen, rollout(), jnp.float32(1))
+    old, ref, _ = log_probs_of_both(state.trainable, state.trainable, state.frozen, rollout(), jnp.float32(HEAT))
     options = replace(OPTIONS, kl_coefficient=1.0)
     found, metrics = after(state, Drawn(rollout(), REWARDS, old, ref), options)
     assert metrics["kl"] == 0
@@ -158,7 +168,7 @@ def test_kl_to_the_reference(model):
     equal = jnp.full(4, 1.0)
     pulls = []
     for _ in range(2):
-        old, ref, _ = log_probs_of_both(moved.trainable, state.trainable, state.frozen, rollout(), jnp.float32(1))
+        old, ref, _ = log_probs_of_both(moved.trainable, state.trainable, state.frozen, rollout(), jnp.float32(HEAT))
         found, metrics = after(moved, Drawn(rollout(), equal, old, ref), options)
         moved = moved.replace(trainable=with_leaves(state.trainable, found))
         pulls.append(metrics["kl"])
@@ -168,7 +178,7 @@ def test_kl_to_the_reference(model):
 def test_clipping(model):
     """With a clip that one update reaches, later epochs have tokens without a gradient."""
     state = begin(model)
-    drawn = Drawn(rollout(), REWARDS, log_probs_of(state.model, rollout(), jnp.float32(1)))
+    drawn = Drawn(rollout(), REWARDS, log_probs_of(state.model, rollout(), jnp.float32(HEAT)))
     shares = [after(state, drawn, replace(OPTIONS, clip=1e-4, epochs=n))[1]["clip_fraction"] for n in (1, 3)]
     assert shares[0] == 0 < shares[1]
 
@@ -196,7 +206,7 @@ def test_the_learning_rate_goes_by_the_step(model):
     tx = by_step(optax.sgd, lambda step: jnp.where(step == 0, 0.0, 0.1))
     state = jaxft.TrainState.create(model, jaxft.LoRA(r=2), tx)
     start = jax.tree.map(jnp.copy, leaves(state.trainable))
-    drawn = Drawn(rollout(), REWARDS, log_probs_of(state.model, rollout(), jnp.float32(1)))
+    drawn = Drawn(rollout(), REWARDS, log_probs_of(state.model, rollout(), jnp.float32(HEAT)))
     state, _ = update(options)(state, drawn)
     assert distance(leaves(state.trainable), start) == 0 and int(state.step) == 1
     state, _ = update(options)(state, drawn)
