@@ -180,7 +180,8 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("method", [METHODS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_each_method_and_the_next_over_it(run, place, method):
     """The reference is what the stage begins with: after a run its adapter too, so that the first KL is 0 again."""
     name = f"run{METHODS.index(method)}"
