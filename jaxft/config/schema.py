@@ -284,12 +284,10 @@ class Ppo(Rollouts):
     """What proximal policy optimisation needs besides.
 
     `kl_target`: the coefficient is adapted towards this KL per answer (None: it is fixed), over `kl_horizon` answers.
-    `max_kl`: no further minibatch of a step once the policy has moved so far from the one that drew the answers (KL per
-    token). `critic`: the critic's method; None: the policy's. `score_position`: whether the score is the reward of the
-    last token, or of the place after it, as trl has it. `value_clip`: None: values are not held near the old ones.
-
-    A step of the run is one round of answers, and what `optimizer` says of steps is of these: all `epochs` x
-    `minibatches` updates of a round have one learning rate. Dropout is off.
+    `max_kl`: no further update of a step once the policy is so far from the one that drew (KL per token). `critic`: the
+    critic's method; None: the policy's. `score_position`: whether the score is the reward of the last token, or of the
+    place after it, as trl has it. `value_clip`: None: values may go any distance. A step of the run, also of what
+    `optimizer` says of steps, is one round of answers with `epochs` x `minibatches` updates. Dropout is off.
     """
 
     kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
