@@ -14,7 +14,10 @@ from jax.sharding import Mesh
 from .config import Config
 from .errors import RunError
 from .flops import count_flops
-from .loading import load
+from .loading import free_name, labels_of, load
+from .methods import Full
+from .methods.heads import drop_heads
+from .methods.method import attach, parts_of
 from .methods.report import parameter_report
 from .models.hub import abstract_model, load_model, resolve
 from .parallel import make_mesh
@@ -205,17 +208,34 @@ def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainSta
     m, labels = config.model, task_of(config).planned_labels()
     head: dict[str, Any] = {"labels": labels} if labels else {}
     options: dict[str, Any] = {"dtype": dtype_of(config), "remat": choose_remat(config, platform), "mesh": mesh}
-    if m.config is not None:
-        model: Any = abstract_model(shape_of(config, **options).replace(**head))
-    elif RunFolder(m.source).started:
-        model = load(m.source, **options, **head, abstract=True)[0]
-    else:
-        model = load_model(resolve(m.source, weights=False), **options, **head, abstract=True)
     method = config.make_method()
-    method = method if method is None else method.loaded()  # a prompt's first words make no difference
     if method is None:
         raise RunError("method is left out: jaxft plan needs one, since it reads no run's adapter")
+    method = method.loaded()  # a prompt's first words make no difference
+    if m.config is not None:
+        model: Any = abstract_model(shape_of(config, **options).replace(**head))
+    else:
+        merged = any(isinstance(part, Full) for part in parts_of(method))
+        model = abstract_base(m.source, merged, **options, **head)
     return task_of(config).planned_state(model, method, config.train.steps or STEPS)
+
+
+def abstract_base(source: str, merged: bool, **options: Any) -> Any:
+    """Return the model of a folder, hub id or run, as shapes; adapters of runs are not read but made, or merged."""
+    run = RunFolder(source)
+    if not run.started:
+        return load_model(resolve(source, weights=False), **options, abstract=True)
+    if run.model.is_dir():
+        return load(run.model, **options, abstract=True)[0]
+    config = run.config()
+    model, method = abstract_base(config.model.source, merged, **options), config.make_method()
+    if merged or method is None:
+        return model
+    name = free_name(model)
+    model = attach(model, method.loaded(), name=name)
+    if not labels_of(run):
+        drop_heads(model, name)  # it was trained without one
+    return model
 
 
 def abstract_batch(config: Config, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:

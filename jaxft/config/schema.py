@@ -286,7 +286,10 @@ class Ppo(Rollouts):
     `kl_target`: the coefficient is adapted towards this KL per answer (None: it is fixed), over `kl_horizon` answers.
     `max_kl`: no further minibatch of a step once the policy has moved so far from the one that drew the answers (KL per
     token). `critic`: the critic's method; None: the policy's. `score_position`: whether the score is the reward of the
-    last token, or of the place after it, as trl has it.
+    last token, or of the place after it, as trl has it. `value_clip`: None: values are not held near the old ones.
+
+    A step of the run is one round of answers, and what `optimizer` says of steps is of these: all `epochs` x
+    `minibatches` updates of a round have one learning rate. Dropout is off.
     """
 
     kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
@@ -295,7 +298,7 @@ class Ppo(Rollouts):
     kl_horizon: Positive = 10_000.0
     max_kl: Positive | None = None
     epochs: Count = 4
-    value_clip: Positive = 0.2
+    value_clip: Positive | None = 0.2
     value_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     entropy_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -139,6 +139,9 @@ def make_dpo_loss(*, beta: float = 0.1, kind: str = "sigmoid", label_smoothing: 
         reference), their difference `margin`, `accuracy` (how often it is above 0), and `log_ratio`, how far the policy
         has moved from the reference on these answers, in nats per token.
 
+    Raises:
+        MethodError: An option that `dpo_loss` refuses.
+
     >>> import jaxft
     >>> model, ids = jaxft.testing.tiny_llama(), jnp.array([[5, 6, 7]])
     >>> batch = {f"{name}_{kind}": ids + n for n, name in enumerate(PAIR) for kind in ("input_ids", "labels")}
@@ -146,6 +149,8 @@ def make_dpo_loss(*, beta: float = 0.1, kind: str = "sigmoid", label_smoothing: 
     >>> f"{total:.4f}"  # the policy is the reference: log 2
     '0.6931'
     """
+    options: dict[str, Any] = {"beta": beta, "kind": kind, "label_smoothing": label_smoothing, "reduction": "none"}
+    jax.eval_shape(lambda x: dpo_loss(x, x, x, x, **options), jax.ShapeDtypeStruct((1,), jnp.float32))  # it refuses
 
     def loss(model: Any, batch: Batch, *, key: jax.Array | None = None) -> Any:
         if any(f"{name}_reference" not in batch for name in PAIR):
@@ -159,8 +164,7 @@ def make_dpo_loss(*, beta: float = 0.1, kind: str = "sigmoid", label_smoothing: 
         ratio = jnp.where(there[:, None], sums - reference, 0)
         policy, reference = (x / jnp.maximum(tokens, 1) if kind == "ipo" else x for x in (sums, reference))
         given = (policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1])
-        options: dict[str, Any] = {"beta": beta, "kind": kind, "label_smoothing": label_smoothing, "mask": there}
-        losses = dpo_loss(*given, **options, reduction="none")
+        losses = dpo_loss(*given, **options, mask=there)
         rows = there.sum().astype(jnp.float32)
         counted = jnp.where(there[:, None], tokens, 0).sum().astype(jnp.float32)
         figures = pair_figures(beta * ratio, jnp.stack([there, there], 1))

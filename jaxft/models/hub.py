@@ -49,7 +49,8 @@ def resolve(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{path_or_hub_id}: no such folder here, and the hub gave none ({type(error).__name__}: {reason}). "
-            "Check the spelling; for a private model log in with `hf auth login`; offline, give a local folder"
+            "Check the spelling; a run must have been trained first; for a private model log in with `hf auth login`; "
+            "offline, give a local folder"
         ) from None
 
 

@@ -1,6 +1,6 @@
 """How tasks read answers that were compared: sources to rows of tokens, as long as the model has positions for."""
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from ..config import Config, Source
 from ..data import Dataset, TrainBatches, prompt_and_completion
-from ..data.batches import width_of
-from ..data.preference import collate_comparisons, columns_of, load_comparisons
+from ..data.batches import Batch, width_of
+from ..data.preference import Comparison, collate_comparisons, columns_of, load_comparisons
 from ..data.tokens import Example, continuing, example
 from ..errors import BatchError, ConfigError, DataError
 from ..models.encoder import TextEncoder
@@ -25,16 +25,15 @@ class OfComparisons(Task):
 
     Attributes:
         count: The most answers that a row has.
+        positions: Tokens that a row may have; None: the model has no table of positions.
     """
+
+    positions: int | None = None
 
     def __init__(self, config: Config, begun: Config | None = None):
         super().__init__(config, begun)
         sources = (*config.data.train, *(config.data.eval or ()))
         self.count = RANKED if any(source.format == "ranking" for source in sources) else 2
-
-    def limit(self) -> int | None:
-        """Return how many positions the model has; None: there is no table of them."""
-        return getattr(base_shape(self.config), "n_positions", None)
 
     def is_encoder(self) -> bool:
         """Tell whether the model reads in both directions.
@@ -50,7 +49,8 @@ class OfComparisons(Task):
     def load_data(self, *, train: bool = True) -> Data:
         """Read the rows. Arguments and errors as of the task."""
         config, encoder, tokenizer = self.config, self.is_encoder(), tokenizer_of(self.config)
-        length = min(config.data.max_length, self.limit() or config.data.max_length)
+        self.positions = getattr(base_shape(config), "n_positions", None)
+        length = min(config.data.max_length, self.positions or config.data.max_length)
 
         def read(source: Source) -> Dataset:
             return load_comparisons(
@@ -72,7 +72,11 @@ class OfComparisons(Task):
 
     def collate(self) -> Any:
         """Return what makes a batch of rows."""
-        return partial(collate_comparisons, count=self.count, limit=self.limit())
+        return self.pad
+
+    def pad(self, examples: Sequence[Comparison], *, rows: int | None = None) -> Batch:
+        """Return a batch of rows, as wide as the model has positions for."""
+        return collate_comparisons(examples, rows=rows, count=self.count, limit=self.positions)
 
     def make_batches(self, data: Data) -> TrainBatches:
         """Return the batches: as many as asked for, or enough to see each row `epochs` times.
@@ -84,12 +88,12 @@ class OfComparisons(Task):
         return TrainBatches(data.train, batch_size=t.batch_size, seed=t.seed, steps=steps, collate=self.collate())
 
     def check_fit(self, data: Data, model: Any) -> None:
-        """Refuse rows with tokens that the model does not know, or that it has no positions for.
+        """Refuse rows with tokens that the model does not know, or that it has no positions for; batches keep to these.
 
         Raises:
             BatchError: The tokenizer is not this model's, or its virtual tokens leave too few positions.
         """
-        known, positions, limit = model.config.vocab_size, model.positions_left(), self.limit()
+        known, self.positions = model.config.vocab_size, model.positions_left()
         for row in (row for part in (*data.train, *data.held_out) for row in part.examples):
             top = max(int(answer.input_ids.max()) for answer in row.answers)
             if top >= known:
@@ -97,17 +101,16 @@ class OfComparisons(Task):
                     f"{row.place}: it has the token {top}, but the model knows {known}: the tokenizer is not this "
                     "model's"
                 )
-            if positions is not None and limit is not None and min(width_of(len(row)), limit) > positions:
-                fits = max((n for n in range(positions + 1) if width_of(n) <= positions), default=positions)
+            if self.positions is not None and len(row) > self.positions:
                 raise BatchError(
-                    f"{row.place}: it has {len(row)} tokens and is padded to {min(width_of(len(row)), limit)}, but the "
-                    f"model has {positions} positions beside its virtual tokens: set data.max_length to {fits}"
+                    f"{row.place}: it has {len(row)} tokens, but the model has {self.positions} positions beside its "
+                    f"virtual tokens: set data.max_length to {self.positions}"
                 )
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the widest batch, as shapes."""
-        longest, limit = self.config.data.max_length, self.limit()
-        width = width_of(longest) if limit is None else min(width_of(longest), limit)
+        width = width_of(self.config.data.max_length)
+        width = min(width, getattr(base_shape(self.config), "n_positions", width))
         ids = jax.ShapeDtypeStruct((self.config.train.batch_size, width), jnp.int32)
         kinds = ("input_ids", "attention_mask", "labels")
         return {f"{column}_{kind}": ids for column in columns_of(self.count) for kind in kinds}

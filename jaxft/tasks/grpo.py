@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ..config.schema import Grpo
 from ..data import TrainBatches
 from ..data.prompts import collate_prompts
+from ..loading import free_name
 from ..methods import Method
 from ..methods.partition import combine
 from ..models.placement import place
@@ -77,7 +78,7 @@ class GroupOptimization(OfPrompts):
 
     def planned_state(self, model: Any, method: Method, steps: int) -> TrainState:
         """Return the state that a run begins with, for a plan."""
-        return TrainState.create(model, method, optimizer_by_step(self.config, steps))
+        return TrainState.create(model, method, optimizer_by_step(self.config, steps), name=free_name(model))
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the widest answers to learn from, as shapes."""

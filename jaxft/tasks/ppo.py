@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..config.schema import Ppo, make_one
+from ..loading import free_name
 from ..methods import Method
 from ..methods.partition import combine
 from ..train.experience import Experience, PpoOptions
@@ -59,7 +60,7 @@ class PolicyOptimization(OfPrompts):
 
     def planned_state(self, model: Any, method: Method, steps: int) -> PpoState:
         """Return the state that a run begins with, for a plan."""
-        policy = TrainState.create(model, method, optimizer_by_step(self.config, steps))
+        policy = TrainState.create(model, method, optimizer_by_step(self.config, steps), name=free_name(model))
         return self.with_critic(policy, fresh=True)
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:

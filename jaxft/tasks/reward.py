@@ -1,7 +1,7 @@
 """Reward models: one score for an answer, so that the better of two has the higher one."""
 
-from collections.abc import Mapping
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +11,8 @@ import numpy as np
 from ..calibration import brier_score, expected_calibration_error, pair_margins
 from ..calibration_picture import draw_margins
 from ..config.schema import RewardModel
-from ..data.batches import eval_batches
+from ..data.batches import Batch, eval_batches
+from ..data.preference import Comparison, collate_comparisons
 from ..errors import ConfigError
 from ..losses.comparisons import answer_scores, make_reward_loss, score_loss
 from ..run import RunFolder
@@ -29,11 +30,7 @@ class RewardModelling(OfComparisons):
 
     formats = ("preference", "ranking")
     unit = "mean over rows"
-    shown: ClassVar[Mapping[str, str]] = {
-        "accuracy": "pairs ranked right (share)",
-        "brier": "Brier score",
-        "calibration_error": "calibration error",
-    }
+    shown: ClassVar[Mapping[str, str]] = {"accuracy": "pairs ranked right (share)"}
 
     @property
     def options(self) -> RewardModel:
@@ -61,9 +58,10 @@ class RewardModelling(OfComparisons):
         """Return the same."""
         return SCORE
 
-    def collate(self) -> Any:
-        """Return what makes a batch of rows, the margins of pairs with it."""
-        return partial(super().collate(), margins=self.count == 2)
+    def pad(self, examples: Sequence[Comparison], *, rows: int | None = None) -> Batch:
+        """Return a batch of rows, of pairs with their margins."""
+        options: dict[str, Any] = {"rows": rows, "count": self.count, "limit": self.positions}
+        return collate_comparisons(examples, **options, margins=self.count == 2)
 
     def evaluate(self, model: Any, data: Data, batch_size: int) -> tuple[dict[str, float], Any]:
         """Return the figures over all pairs of a better and a worse answer, and the scores `[N, K]` of each source.

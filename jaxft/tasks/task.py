@@ -14,6 +14,7 @@ from ..config import Config, Source
 from ..data import Dataset
 from ..errors import DataError, refuse
 from ..interop.export import save_model
+from ..loading import free_name
 from ..methods import Method
 from ..run import RunFolder
 from ..train.state import TrainState
@@ -152,8 +153,8 @@ class Task:
         return make_train_step(self.loss, accumulate=self.config.train.accumulate)
 
     def planned_state(self, model: Any, method: Method, steps: int) -> TrainState:
-        """Return the state that a run begins with, for a plan: over shapes, with no run to go on from."""
-        return TrainState.create(model, method, optimizer_of(self.config, steps))
+        """Return the state that a run begins with, for a plan: over shapes, with the adapters of earlier runs."""
+        return TrainState.create(model, method, optimizer_of(self.config, steps), name=free_name(model))
 
     def programs(self, state: TrainState, batch: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         """Return the traced programs of a step for a plan, each with what it is given.

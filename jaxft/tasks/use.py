@@ -22,7 +22,7 @@ from ..models.sentence_folder import read_sentence_folder
 from ..run import RunFolder
 from ..train.evaluate import prefixed
 from .registry import task_of
-from .start import base_folder, choose_mesh
+from .start import base_folder, base_of, choose_mesh
 
 
 def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float]:
@@ -52,7 +52,8 @@ def generate(
 
     Args:
         path: A run, a model folder or a hub id.
-        prompts: Texts. A run that was trained on instructions or messages gets them in the form it was trained on.
+        prompts: Texts. A run that was trained on instructions or messages gets them in the form it was trained on; one
+            of preferences or rewards in that of the supervised run it began with.
         adapter: A folder with an adapter to load, peft's or ours.
         raw: Give the prompts as they are, whatever the run was trained on.
         options: Of `jaxft.generate_ids`.
@@ -69,6 +70,8 @@ def generate(
             model = set_adapter(model, dict.fromkeys(adapters(model), 1.0))
     run = RunFolder(path)
     config = run.config() if run.started and not raw else None
+    while config is not None and config.task != "sft" and base_of(config) is not None:
+        config = RunFolder(config.model.source).config()
     form = config.data.train[0].format if config else "text"
     if form == "instruction":
         assert config is not None

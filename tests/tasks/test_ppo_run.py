@@ -19,6 +19,7 @@ from jaxft.methods.partition import leaves
 from jaxft.models.sharing import with_head
 from jaxft.models.tensors import Tensors
 from jaxft.plan import make_plan
+from jaxft.tasks.rollouts import Drawing
 from jaxft.tasks.train import Job
 from jaxft.train.checkpoint import Checkpoints
 
@@ -97,6 +98,10 @@ def trained(folder):
 def tensors(folder, file="model.safetensors"):
     with Tensors(folder, file) as t:
         return {name: t.read(name) for name in t.shapes}
+
+
+def untimed(rows):
+    return [{k: v for k, v in row.items() if not any(word in k for word in ("second", "memory"))} for row in rows]
 
 
 def same(a, b):
@@ -204,10 +209,24 @@ def alive():
     return {x.unsafe_buffer_pointer(): x.nbytes for x in arrays}
 
 
-def test_four_roles_hold_one_base_and_compile_once(job, caplog):
+def test_an_evaluation_counts_each_prompt_once(job):
+    """Those that fill a batch up count nothing."""
+    made = job("train.steps=1", "train.eval_every=null", "train.save_every=null", "optimizer.warmup_steps=0")
+    figures, said = made.task.evaluate(made.state.model, made.data, 32)
+    assert [row["prompt"] for row in said] == PROMPTS * 2
+    assert figures["reward"] == pytest.approx(np.mean([row["reward"] for row in said]))
+    assert figures["reward_std"] == pytest.approx(np.std([row["reward"] for row in said]))
+    assert made.task.evaluate(made.state.model, made.data, 32)[1] == said
+
+
+def test_four_roles_hold_one_base_and_compile_once(job, caplog, monkeypatch):
     """Policy, reference, critic and reward model over one base, by the bytes of all arrays that are alive."""
     before = alive()
     made = job(LORA, "ppo.reward=reward", *SHORT, "train.steps=4")
+    files = made.fingerprints["files"]
+    assert {"reward/adapter: adapter_model.safetensors", "base: model.safetensors"} <= set(files)
+    keys, draw = [], Drawing.draw
+    monkeypatch.setattr(Drawing, "draw", lambda self, *given: keys.append(given[-1]) or draw(self, *given))
     state, batches = made.state, made.batches.iterate(0)
     state, _ = made.step(state, next(batches))
     with jax.log_compiles(), caplog.at_level("WARNING"):
@@ -215,6 +234,7 @@ def test_four_roles_hold_one_base_and_compile_once(job, caplog):
             state, metrics = made.step(state, next(batches))
     assert not [record.getMessage() for record in caplog.records if "ompil" in record.getMessage()]
     assert float(metrics["skipped"]) == 0
+    assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in keys}) == 3  # each step draws anew
     held = sum(x.nbytes for x in leaves(state.frozen).values())
     small = sum(x.nbytes for x in jax.tree.leaves((state.trainable, state.opt_state, state.critic)))
     del metrics
@@ -231,24 +251,47 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("method", [METHODS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
-def test_a_run_of_each_method_and_the_next_over_it(run, place, method):
+CASES = [pytest.param(m, more, marks=pytest.mark.slow) for m in METHODS[1:] for more in ("method=null", LORA)]
+CASES = [(LORA, "method=null"), pytest.param(LORA, LORA, marks=pytest.mark.slow), *CASES]
+
+
+@pytest.mark.parametrize(("method", "more"), CASES)
+def test_a_run_of_each_method_and_the_next_over_it(run, place, method, more):
     """The reference is what the stage begins with: after a run its adapter too, so that the first KL is 0 again."""
-    name = f"run{METHODS.index(method)}"
-    sets = given(*SHORT, "data.eval=null", "optimizer.learning_rate=0.1", "ppo.critic={name: lora, r: 2}")
+    name = f"run{METHODS.index(method)}{len(more)}"
+    critic = "null" if "bitfit" not in method else "{name: lora, r: 2}"  # a second copy of a bias does not stack
+    sets = given(*SHORT, "data.eval=null", "optimizer.learning_rate=0.1", f"ppo.critic={critic}")
     code, _, err = run("train", "c.yaml", *given(method), *sets, "--output", name)
     assert code == 0, err
     first = trained(place / name)
     assert first[0]["kl"] == 0 != first[1]["kl"]
     assert first[0]["grad_norm"] > 0
-    for more, after in ((("method=null",), "next"), ((LORA,), "over")):
-        more = given(*more, f"model.path={name}")
-        code, _, err = run("train", "c.yaml", *more, *sets, "--output", f"{name}-{after}")
+    code, _, err = run("train", "c.yaml", *given(more, f"model.path={name}"), *sets, "--output", f"{name}-next")
+    assert code == 0, err
+    then = trained(place / f"{name}-next")
+    assert then[0]["kl"] == 0 != then[1]["kl"]
+    assert then[0]["entropy"] != first[0]["entropy"]
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_figures_of_one_device(run, place):
+    for name, mesh in (("alone", ()), ("split", ("mesh={data: 2, fsdp: 4}", "model.path=wide"))):
+        config = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "eos_token_id": 1}
+        jaxft.save_model(jaxft.testing.tiny_llama(vocab_size=304, **config), place / "wide", make_tokenizer())
+        sets = given(*SHORT, "data.eval=held.jsonl", "train.eval_every=1", "model.path=wide", LORA, *mesh)
+        code, _, err = run("train", "c.yaml", *sets, "--output", name)
         assert code == 0, err
-        then = trained(place / f"{name}-{after}")
-        assert then[0]["kl"] == 0 != then[1]["kl"]
-        assert then[0]["entropy"] == pytest.approx(first[0]["entropy"], abs=1)
-        assert then[0]["entropy"] != first[0]["entropy"]
+    alone, split = logged(place / "alone"), logged(place / "split")
+    assert len(alone) == len(split) == 5
+    for one, other in zip(alone, split, strict=True):
+        for key in one.keys() - {
+            "seconds",
+            "peak_memory_bytes",
+            "step_seconds",
+            "tokens_per_second",
+            "rows_per_second",
+        }:
+            assert other[key] == pytest.approx(one[key], rel=5e-3, abs=1e-4), key
 
 
 def test_prompts_that_leave_no_room_are_named(place, monkeypatch):

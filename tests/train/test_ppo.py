@@ -37,12 +37,12 @@ def begin(method=LORA, model=None, *, critic=None, kl=0.0):
     return PpoState.begin(policy, critic or method, TX, seed=0, kl=kl, fresh=True)
 
 
-def experience(state, rewards=REWARDS, seed=0):
+def experience(state, rewards=REWARDS, seed=0, lengths=LENGTHS):
     """What a state says of answers that fell from the sky."""
     ids = jnp.asarray(np.random.default_rng(seed).integers(1, 64, (ROWS, 4 + ROOM)))
-    real = jnp.asarray(np.arange(ROOM)[None] < LENGTHS[:, None])
+    real = jnp.asarray(np.arange(ROOM)[None] < lengths[:, None])
     mask = jnp.concatenate([jnp.ones((ROWS, 4), bool), real], 1).astype(jnp.int32)
-    rollout = Rollout(ids * mask, mask, real, jnp.asarray(ENDED))
+    rollout = Rollout(ids * mask, mask, real, jnp.asarray(lengths < ROOM))
     log_probs, ref, entropy = log_probs_of_both(state.trainable, state.reference, state.frozen, rollout, TEMPERATURE)
     values = values_of(state.critic.trainable, state.critic.frozen, state.frozen, rollout)
     return Experience(rollout, log_probs, ref, entropy, values, jnp.asarray(rewards, jnp.float32))
@@ -153,6 +153,19 @@ def test_a_reward_that_is_always_the_same_teaches_the_policy_nothing(first):
     assert float(metrics["reward_std"]) == 0
 
 
+@pytest.mark.parametrize("rewards", [np.full(ROWS, 2.0), np.zeros(ROWS), REWARDS], ids=["equal", "zero", "unequal"])
+def test_answers_that_are_empty_are_answers_of_an_end(first, rewards):
+    """One token each: figures are finite, and equal rewards teach nothing."""
+    del first
+    state = begin()
+    before = held(state.trainable)
+    state, metrics = UPDATES[OPTIONS](state, experience(state, rewards, lengths=np.ones(ROWS, int)))
+    assert all(np.isfinite(x) for x in jax.device_get(metrics).values())
+    assert (int(metrics["updates"]), float(metrics["response_length"]), float(metrics["ended"])) == (1, 1, 1)
+    far = max(np.abs(held(state.trainable)[path] - x).max() for path, x in before.items())
+    assert (far > 1e-4) == (rewards is REWARDS)
+
+
 def test_what_stands_past_an_answer_changes_nothing(first):
     seen, _, state, metrics = first
     outside = ~seen.rollout.answer_mask
@@ -194,6 +207,7 @@ def test_steps_compile_once_and_see_every_answer_each_epoch():
     assert order[:2].tolist() != order[2:].tolist()
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_to_their_minibatch():
     parts, seen = PpoUpdate(dataclasses.replace(MANY, accumulate=2)), experience(begin())
     (one, figures), (other, theirs) = (update(begin(), seen) for update in (UPDATES[MANY], parts))
@@ -275,6 +289,7 @@ def test_a_critic_that_cannot_be_is_told():
         begin(jaxft.LoRA(r=2, target_modules=("q_proj", "lm_head")))
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_as_one():
     sizes = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
     config, seen, found = jaxft.testing.tiny_llama(**sizes).config, None, []
