@@ -4,6 +4,7 @@ import json
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,6 +15,7 @@ from jaxft import cli
 from jaxft.config import load_config
 from jaxft.data import numbered
 from jaxft.errors import ConfigError
+from jaxft.generation.rollout import Rollout
 from jaxft.models.tensors import Tensors
 from jaxft.plan import make_plan
 from jaxft.tasks.registry import task_of
@@ -242,6 +244,26 @@ COMPARED = (
     "eval_kl",
     "response_length",
 )
+
+
+def test_what_a_reward_is_given(place, monkeypatch):
+    """Of two answers the first comes to its end: its end token is no part of its length, nor of its text."""
+    monkeypatch.chdir(place)
+    task = task_of(load_config("c.yaml"))
+    data = task.load_data()
+    said = [data.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("cat", "the end: 12345")]
+    new = np.zeros((2, 6), np.int32)
+    new[0, : len(said[0]) + 1], new[1] = [*said[0], data.tokenizer.eos_token_id], said[1][:6]
+    mask = np.arange(6)[None] < np.array([[len(said[0]) + 1], [6]])
+    ids = np.concatenate([np.full((2, 3), 9), new], 1)
+    rollout = Rollout(jnp.array(ids), jnp.array(mask), jnp.array(mask), jnp.array([True, False]))
+    drawing = Drawing(jaxft.load("base")[0], data, task.rollouts, task.reward)
+    answers = drawing.answers(rollout, {"row": np.array([2, -1])})
+    assert len(said[0]) < 5 and len(said[1]) > 6
+    assert answers.lengths.tolist() == [len(said[0]), 6]
+    assert answers.completions == ["cat", data.tokenizer.decode(said[1][:6])]
+    assert answers.prompts == [PROMPTS[2]] * 2 and answers.columns == {"answer": ["3", "3"]}
+    assert [place[-7:] for place in answers.places] == ["jsonl:3"] * 2
 
 
 def test_every_option_goes_to_the_step(place):
