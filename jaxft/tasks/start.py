@@ -24,7 +24,7 @@ from ..run import RunFolder
 from ..train.optimizer import by_step, in_phases, make_optimizer, make_schedule
 from ..train.state import TrainState
 
-QUIET = ("reward", "dpo", "ppo", "grpo")  # tasks that have the base's own dropout off, unless their section says so
+QUIET = ("reward", "dpo", "ppo", "grpo")  # tasks that have what they begin with drop nothing, unless told otherwise
 
 
 def base_of(config: Config) -> RunFolder | None:
@@ -112,8 +112,9 @@ def load_base(
     """Return the model that a config begins with: loaded, a run's, or random by its `config.json` alone.
 
     With `labels` it has a head of these classes, and its vectors are pooled as the head reads them; with
-    `model.pooling` both are pooled so. Its own dropout is off where the task has it off. `over`: of a run with an
-    adapter, the model of `load_bare` that it shares.
+    `model.pooling` both are pooled so. Where the task has dropout off, it is off in the model and in the adapters of
+    earlier runs, the one that goes on too; that of the config's own `method` is not. `over`: of a run with an adapter,
+    the model of `load_bare` that it shares.
     """
     model = _load_base(config, run, remat, mesh, labels, over)
     if config.task in QUIET and not getattr(getattr(config, config.task), "dropout", False):

@@ -123,6 +123,24 @@ def test_after_an_sft_run_the_reference_is_base_and_adapter(done, run, place):
     np.testing.assert_allclose(jaxft.load("out/over")[0](ids), jaxft.load("over")[0](ids), atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["beneath", "goes_on", "asked"])
+def test_the_dropout_of_an_earlier_run_is_off(place, run, form):
+    """Of its adapter that lies beneath, and of the one that goes on, unless the section asks for it."""
+    if not (place / "noisy").is_dir():
+        dropped = SFT.replace("r: 2", "r: 2, dropout: 0.5").replace("output: sft", "output: noisy")
+        (place / "noisy.yaml").write_text(dropped)
+        assert run("train", "noisy.yaml")[0] == 0
+    config = CONFIG.replace("path: base", "path: noisy").replace(", accumulate: 2, log_every: 2", ", log_every: 1")
+    lines = [line for line in config.splitlines() if not line.startswith("method") or form == "beneath"]
+    (place / "quiet.yaml").write_text("\n".join(lines).replace(", dropout: 0.1", ""))
+    asked = ["--set", "dpo.dropout=true"] if form == "asked" else []
+    code, _, err = run("train", "quiet.yaml", "--output", form, "--set", "train.steps=1", *asked)
+    assert code == 0, err
+    logged = [json.loads(line) for line in (place / form / "metrics.jsonl").read_text().splitlines()]
+    first = next(row["loss"] for row in logged if "loss" in row)
+    assert (abs(first - np.log(2)) < 1e-6) == (form != "asked")
+
+
 def test_an_interrupted_run_goes_on_to_the_same_bits(done, run, place, monkeypatch):
     """The reference is made of what the run began with, not of what the checkpoint holds."""
     save = Checkpoints.save
