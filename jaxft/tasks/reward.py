@@ -59,9 +59,9 @@ class RewardModelling(OfComparisons):
         return SCORE
 
     def pad(self, examples: Sequence[Comparison], *, rows: int | None = None) -> Batch:
-        """Return a batch of rows, of pairs with their margins."""
+        """Return a batch of rows, with their margins."""
         options: dict[str, Any] = {"rows": rows, "count": self.count, "limit": self.positions}
-        return collate_comparisons(examples, **options, margins=self.count == 2)
+        return collate_comparisons(examples, **options, margins=True)
 
     def evaluate(self, model: Any, data: Data, batch_size: int) -> tuple[dict[str, float], Any]:
         """Return the figures over all pairs of a better and a worse answer, and the scores `[N, K]` of each source.
@@ -93,7 +93,7 @@ class RewardModelling(OfComparisons):
         counted = there[:, better] & there[:, worse]
         return {
             "loss": float(total / rows),
-            "accuracy": float((pairs > 0).mean()),
+            "accuracy": float(np.where(pairs == 0, 0.5, pairs > 0).mean()),
             "margin": float(pairs.mean()),
             "chosen_score": float(scores[:, better][counted].mean()),
             "rejected_score": float(scores[:, worse][counted].mean()),
@@ -138,7 +138,7 @@ class RewardModelling(OfComparisons):
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the widest batch, as shapes."""
         margin = jax.ShapeDtypeStruct((self.config.train.batch_size,), jnp.float32)
-        return {**super().shapes(), **({"margin": margin} if self.count == 2 else {})}
+        return {**super().shapes(), "margin": margin}
 
 
 @jax.jit

@@ -86,6 +86,7 @@ def test_a_run_begins_at_log_2_and_tells_the_pairs_apart(done, run):
     assert set(said["before"]) == {f"eval_{name}" for name in FIGURES}
     assert said["before"]["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert all(abs(said["before"][f"eval_{name}"]) < 1e-6 for name in FIGURES[2:])
+    assert said["before"]["eval_accuracy"] == 0.5
     after = said["after"]
     assert after["eval_loss"] < 0.69 and after["eval_margin"] > 0.005 and after["eval_accuracy"] > 0.5
     assert after["eval_margin"] == pytest.approx(after["eval_chosen_reward"] - after["eval_rejected_reward"], abs=1e-6)
