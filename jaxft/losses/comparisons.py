@@ -136,8 +136,8 @@ def make_dpo_loss(*, beta: float = 0.1, kind: str = "sigmoid", label_smoothing: 
         `input_ids`, `labels` (-100 on the prompt and at padding) and `attention_mask`, `[B, T]`, and what
         `reference_log_probs` returns. A row without a trained token in both answers counts nothing. The weight is the
         number of rows. Further metrics: `chosen_reward` and `rejected_reward` (beta times the log ratio to the
-        reference), their difference `margin`, `accuracy` (how often it is above 0; at 0 a half), and `log_ratio`, how far the policy has
-        moved from the reference on these answers, in nats per token.
+        reference), their difference `margin`, `accuracy` (how often it is above 0; at 0 a half), and `log_ratio`, how
+        far the policy has moved from the reference on these answers, in nats per token.
 
     Raises:
         MethodError: An option that `dpo_loss` refuses.

@@ -13,7 +13,6 @@ from ..calibration_picture import draw_margins
 from ..config.schema import RewardModel
 from ..data.batches import Batch, eval_batches
 from ..data.preference import Comparison, collate_comparisons
-from ..errors import ConfigError
 from ..losses.comparisons import answer_scores, make_reward_loss, score_loss
 from ..run import RunFolder
 from ..train.step import ModelLoss
@@ -39,13 +38,7 @@ class RewardModelling(OfComparisons):
 
     @cached_property
     def loss(self) -> ModelLoss:
-        """The loss of a step.
-
-        Raises:
-            ConfigError: A margin for ranked lists, which have none.
-        """
-        if self.options.margin and self.count > 2:
-            raise ConfigError("reward.margin: rows of format ranking have none; leave it out")
+        """The loss of a step."""
         loss: ModelLoss = make_reward_loss(margin=self.options.margin, centering=self.options.centering)
         return loss
 
