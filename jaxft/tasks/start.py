@@ -33,6 +33,20 @@ def base_of(config: Config) -> RunFolder | None:
     return run if run.started else None
 
 
+def check_speaks(config: Config) -> None:
+    """Refuse a task that needs a language model and is given the run of a reward model.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    run = base_of(config)
+    if run is not None and config.task in ("sft", "dpo", "ppo", "grpo") and run.config().task == "reward":
+        raise ConfigError(
+            f"model.path: {config.model.source} is a reward model, which gives no probability to an answer; "
+            f"{config.task} begins with a language model or its SFT run"
+        )
+
+
 def base_folder(config: Config) -> Path:
     """Return the folder of the model that everything begins with: that of the last of the runs that lie over it."""
     return root_folder(config.model.source)
