@@ -238,7 +238,7 @@ class RewardModel(Section):
 
     `margin`: what the chosen answer's score should be above the other's at least, where a row does not say it itself.
     `centering`: weight of the squared sum of both scores, which holds them around zero. `dropout`: whether that
-    of the base and of an earlier run's adapter is on; that of the run's own `method` is on wherever it is asked for.
+    of the base and of earlier adapters is on; that of the run's own `method` is on wherever it is asked for.
     """
 
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
