@@ -11,8 +11,8 @@ class RewardModel(Section):
     """What a reward model needs besides.
 
     `margin`: what the chosen answer's score should be above the other's at least, where a row does not say it itself.
-    `centering`: weight of the squared sum of both scores, which holds them around zero. `dropout`: whether the base's
-    own is on; that of the method is on wherever it is asked for.
+    `centering`: weight of the squared sum of both scores, which holds them around zero. `dropout`: whether that
+    of the base and of earlier adapters is on; that of the run's own method is on wherever it is asked for.
     """
 
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

@@ -28,6 +28,9 @@ from .task import Data
 class PreferenceOptimisation(OfComparisons):
     """Tune a policy on pairs, beside a frozen copy of itself as it was when the run began.
 
+    The reference drops nothing, and the policy drops what the run's own `method` asks: without that the loss begins at
+    log 2. Dropout of the base and of an earlier run's adapter is off, unless `dpo.dropout` asks for it.
+
     Attributes:
         reference: That copy; it shares what is not trained with the policy.
     """

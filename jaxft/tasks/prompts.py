@@ -28,6 +28,7 @@ from .start import (
     base_folder,
     base_of,
     begin,
+    check_speaks,
     choose_mesh,
     choose_remat,
     dtype_of,
@@ -66,8 +67,9 @@ class OfPrompts(Task):
         """Refuse a batch that cannot be dealt out into minibatches and micro-batches.
 
         Raises:
-            ConfigError: It does not divide.
+            ConfigError: It does not divide, or the model is a reward model.
         """
+        check_speaks(self.config)
         t, parts = self.config.train, self.rollouts.minibatches
         devices = batch_devices(choose_mesh(self.config))
         if t.batch_size % (parts * t.accumulate * devices):
