@@ -25,7 +25,7 @@ CRITIC = "critic"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PpoState(TrainState):
-    """The policy's state, and what learning from rewards needs besides. No array is in it twice.
+    """The policy's state, and what learning from rewards needs besides. The base is in it once.
 
     Attributes:
         reference: The policy's trainable part as the stage began; with `frozen` it is the reference. It never changes
