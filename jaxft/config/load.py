@@ -12,7 +12,8 @@ from ruamel.yaml import YAML
 
 from ..errors import ConfigError, JaxftError, nearest, refuse
 from ..methods import METHODS
-from .schema import FORMATS, Config, Grpo, Train, frozen, keys_at, make_one
+from .preferences import Grpo
+from .schema import FORMATS, Config, Train, frozen, keys_at, make_one
 from .tree import Path, Places, dotted, parse, path_of, place_of, put
 
 KINDS = {

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ..config.schema import Dpo
+from ..config.preferences import Dpo
 from ..errors import ConfigError
 from ..loading import load_run
 from ..losses.comparisons import PAIR, make_dpo_loss, reference_log_probs

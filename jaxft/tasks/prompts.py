@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..config import Source
-from ..config.schema import Rollouts
+from ..config.preferences import Rollouts
 from ..data import Dataset, TrainBatches, load_prompts, numbered
 from ..data.batches import eval_batches
 from ..data.prompts import Prompt, collate_prompts

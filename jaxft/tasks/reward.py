@@ -10,7 +10,7 @@ import numpy as np
 
 from ..calibration import brier_score, expected_calibration_error, pair_margins
 from ..calibration_picture import draw_margins
-from ..config.schema import RewardModel
+from ..config.preferences import RewardModel
 from ..data.batches import Batch, eval_batches
 from ..data.preference import Comparison, collate_comparisons
 from ..errors import ConfigError
