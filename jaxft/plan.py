@@ -115,6 +115,7 @@ def make_plan(config: Config, topology: str | None = None) -> Plan:
 
     No data and no weights are read, and nothing is written. The rows are as wide as `data.max_length` allows. Of a step
     of several programs (answers are drawn, and learnt from) the figures are those of the one that needs most.
+    Models that reward answers are not counted, nor is the pass in which policy and reference score them.
 
     Args:
         config: A run's config; `model.config` may stand for weights that are not there.

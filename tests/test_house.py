@@ -117,7 +117,7 @@ INSIDE = {
     ],
     "generation": ["sampling", "generate", "rollout", "__init__"],
     "data": ["rows", "templates", "tokens", "chat", "formats", "source", "batches", "packing"],
-    "config": ["tree", "schema", "load", "__init__"],
+    "config": ["tree", "section", "preferences", "schema", "load", "__init__"],
     "tasks": ["__init__", "start", "task", "sft", "texts", "pictures", "classify", "contrastive"],
     "interop": [
         "entries",

@@ -12,7 +12,8 @@ from ruamel.yaml import YAML
 
 from ..errors import ConfigError, JaxftError, nearest, refuse
 from ..methods import METHODS
-from .schema import FORMATS, Config, Grpo, Train, frozen, keys_at, make_one
+from .preferences import Grpo
+from .schema import FORMATS, Config, Train, frozen, keys_at, make_one
 from .tree import Path, Places, dotted, parse, path_of, place_of, put
 
 KINDS = {
@@ -257,6 +258,12 @@ def _of_task(tree: dict[str, Any], data: Any, evaluation: Any) -> Iterator[tuple
     if task == "grpo" and type(size) is int and type(rows) is int and size > 1 and rows % size:
         what = f"{rows} answers are no whole number of groups of {size} (grpo.group_size): take a multiple of {size}"
         yield ("train", "batch_size"), what
+    dpo, reward = (section if isinstance(section := tree.get(key), dict) else {} for key in ("dpo", "reward"))
+    if task == "dpo" and dpo.get("kind") in ("hinge", "ipo") and dpo.get("label_smoothing"):
+        what = f"{dpo['kind']} has none: leave it out, or take kind sigmoid or robust"
+        yield ("dpo", "label_smoothing"), what
+    if task == "reward" and reward.get("margin") and "ranking" in _formats(data):
+        yield ("reward", "margin"), "rows of format ranking have none; leave it out"
     if task in ("ppo", "grpo") and tree.get(task) is None:
         yield (task,), f"it is missing: answers need a reward, as in `{task}: {{reward: runs/reward}}`"
     if task != "sft":
@@ -267,6 +274,12 @@ def _of_task(tree: dict[str, Any], data: Any, evaluation: Any) -> Iterator[tuple
         for key in ("exact_match", "scores"):
             if evaluation.get(key):
                 yield ("evaluation", key), f"it compares written answers, which task: {task} has none of"
+
+
+def _formats(data: Any) -> list[Any]:
+    """Return the formats of all sources."""
+    listed = [sources for key in ("train", "eval") if isinstance(sources := data.get(key), list)]
+    return [source.get("format") for sources in listed for source in sources if isinstance(source, dict)]
 
 
 def _explained(error: ValidationError, places: Places) -> list[tuple[str, str]]:

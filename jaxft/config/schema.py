@@ -3,11 +3,12 @@
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from ..errors import ConfigError
 from ..methods import METHODS, Method
+from .preferences import Dpo, Grpo, Ppo, RewardModel
+from .section import Count, Finite, Positive, Section, Share, Text, wrong
 
 SftFormat = Literal["instruction", "prompt_completion", "messages", "text"]
 EncoderFormat = Literal["pairs", "triplets", "labelled", "scored_pairs", "images", "regions"]
@@ -25,22 +26,6 @@ FORMATS: dict[str, tuple[str, ...]] = {  # what each task reads
     "ppo": ("prompt",),
     "grpo": ("prompt",),
 }
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-def wrong(message: str, key: str = "") -> PydanticCustomError:
-    """Return the error of a value that does not go with the others; `key` is what is meant inside the value."""
-    return PydanticCustomError("jaxft", "{message}", {"key": key, "message": message})
-
-
-class Section(BaseModel):
-    """A part of a config: strict types, no unknown key, not to be changed."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class Model(Section):
@@ -76,7 +61,7 @@ class Source(Section):
     format: Format
     name: Text
     weight: Positive = 1.0
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     split: str = "train"
 
 
@@ -233,98 +218,6 @@ class Contrastive(Section):
     augmentation: Augmentation | None = None
 
 
-class RewardModel(Section):
-    """What a reward model needs besides.
-
-    `margin`: what the chosen answer's score should be above the other's at least, where a row does not say it itself.
-    `centering`: weight of the squared sum of both scores, which holds them around zero. `dropout`: whether the base's
-    own is on; that of the method is on wherever it is asked for.
-    """
-
-    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    centering: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    dropout: bool = False
-
-
-class Dpo(Section):
-    """What direct preference optimisation needs besides: as `jaxft.losses.make_dpo_loss`; `dropout` as for `reward`."""
-
-    beta: Positive = 0.1
-    kind: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    dropout: bool = False
-
-
-class RewardTerm(Section):
-    """One reward of several: a run, a model folder, `file.py:function`, or the name of one of `jaxft.rewards`."""
-
-    reward: Text
-    weight: Finite = 1.0
-    options: dict[str, Any] = {}
-
-
-class Rollouts(Section):
-    """How answers are drawn from the policy, and what they are worth.
-
-    `missing_end_penalty` is taken off the reward of an answer that did not come to its end within `max_new_tokens`.
-    """
-
-    reward: Annotated[tuple[RewardTerm, ...], Field(min_length=1, strict=False)]
-    max_new_tokens: Count = 64
-    temperature: Positive = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    missing_end_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    epochs: Count = 1
-    minibatches: Count = 1
-    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-
-
-class Ppo(Rollouts):
-    """What proximal policy optimisation needs besides.
-
-    `kl_target`: the coefficient is adapted towards this KL per answer (None: it is fixed), over `kl_horizon` answers.
-    `max_kl`: no further minibatch of a step once the policy has moved so far from the one that drew the answers (KL per
-    token). `critic`: the critic's method; None: the policy's. `score_position`: whether the score is the reward of the
-    last token, or of the place after it, as trl has it. `value_clip`: None: values are not held near the old ones.
-
-    A step of the run is one round of answers, and what `optimizer` says of steps is of these: all `epochs` x
-    `minibatches` updates of a round have one learning rate. Dropout is off.
-    """
-
-    kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
-    kl_kind: Literal["k1", "k2", "k3"] = "k1"
-    kl_target: Positive | None = None
-    kl_horizon: Positive = 10_000.0
-    max_kl: Positive | None = None
-    epochs: Count = 4
-    value_clip: Positive | None = 0.2
-    value_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
-    entropy_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
-    whiten_rewards: bool = False
-    score_position: Literal["end", "after_end"] = "end"
-    critic: dict[str, Any] | None = None
-
-
-class Grpo(Rollouts):
-    """What group relative policy optimisation needs besides.
-
-    `group_size`: answers to one prompt; `train.batch_size` counts answers. `kl_coefficient`: weight of the KL to the
-    policy that the stage starts from; 0: there is no such reference. `correct_kl`, `ratio`, `reduction`: as of
-    `jaxft.losses.grpo_loss`; `scale`: as of `jaxft.losses.group_advantages`. `clip_high`: None: as `clip`.
-    """
-
-    group_size: Annotated[int, Field(ge=2)] = 8
-    kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    correct_kl: bool = False
-    clip_high: Positive | None = None
-    ratio: Literal["token", "sequence"] = "token"
-    reduction: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
-    scale: Literal["group", "batch", "none"] = "group"
-
-
 class Contestant(Section):
     """What `jaxft compare` trains under one name: a method, and the learning rate that suits it."""
 
@@ -353,7 +246,7 @@ class Config(Section):
     ppo: Ppo | None = None
     grpo: Grpo | None = None
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
-    compare: dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*$")], Contestant] = {}
+    compare: dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*$")], Contestant] = Field(default_factory=dict)
     output: Text
 
     def make_method(self) -> Method | None:

@@ -138,22 +138,47 @@ def compare(tokenizer: Any, format: str, fields: Mapping[str, Any], join: Join) 
     else:
         named = {name: fields[name] for name in PAIR if name in fields}
         for name in PAIR:
-            if not isinstance(fields.get(name), list):
+            if not isinstance(fields.get(name), (list, Mapping)):
                 text_of(fields, name)
-    talks = {name: isinstance(answer, list) for name, answer in named.items()}
-    if len(set(talks.values())) > 1:
-        odd = " and ".join(f"{name} is {'a list of turns' if talk else 'text'}" for name, talk in talks.items())
-        raise DataError(f"answers of one kind are expected, but {odd}")
     implicit = format == "preference"
-    if all(talks.values()):
+    if _kinds(fields.get("prompt"), named):
         made = _talks(tokenizer, fields, named, implicit)
     else:
         made = _texts(tokenizer, fields, named, join, implicit)
     for (i, one), (k, other) in itertools.combinations(zip(named, made, strict=True), 2):
         if np.array_equal(one.input_ids, other.input_ids):
             raise DataError(f"{i} and {k} are the same: {one.answer!r:.80}")
-    margin = fields.get("margin") if format == "preference" else None
-    return Comparison(tuple(made), None if margin is None else number_of(margin, "margin"))
+    return Comparison(tuple(made), _margin(fields.get("margin")) if format == "preference" else None)
+
+
+def _margin(value: Any) -> float | None:
+    """Return a margin, None where a row has none: null, an empty cell, NaN.
+
+    >>> _margin("2"), _margin(""), _margin(float("nan"))
+    (2.0, None, None)
+    """
+    return None if value is None or str(value).strip().lower() in ("", "nan") else number_of(value, "margin")
+
+
+def _kinds(prompt: Any, named: Mapping[str, Any]) -> bool:
+    """Tell whether answers are conversations.
+
+    Raises:
+        DataError: They are not of one kind, or the prompt is of another.
+    """
+    for name, given in {"prompt": prompt, **named}.items():
+        if isinstance(given, Mapping):
+            raise DataError(f"{name}: this is a single turn; a list of turns is expected, or text")
+    talks = {name: isinstance(answer, list) for name, answer in named.items()}
+    if len(set(talks.values())) > 1:
+        odd = " and ".join(f"{name} is {'a list of turns' if talk else 'text'}" for name, talk in talks.items())
+        raise DataError(f"answers of one kind are expected, but {odd}")
+    if isinstance(prompt, list) and not any(talks.values()):
+        raise DataError(
+            f"prompt is a list of turns, but {next(iter(named))} is text: give the answers as turns too, "
+            '[{"role": "assistant", "content": ...}], or the prompt as text'
+        )
+    return all(talks.values())
 
 
 def _texts(
@@ -165,31 +190,43 @@ def _texts(
     else:
         prompt = said[0][: _border(said[0], said[1])]
         said = [text[len(prompt) :] for text in said]
-        short = [name for name, text in zip(named, said, strict=True) if not text.strip()]
-        if short:
-            raise DataError(f"{short[0]}: nothing is left of it after the beginning that both have, {prompt!r:.80}")
     return [join(tokenizer, prompt, text) for text in said]
 
 
 def _border(one: str, other: str) -> int:
     """Return where two texts part: before a word that they share the beginning of, and the space before it.
 
-    >>> _border("Q: why? A: in fact", "Q: why? A: I do"), _border("A: car", "A: cat")
-    (10, 2)
+    Where one begins with the other, so that nothing would be left of it: before its last word.
+
+    >>> _border("Q: why? A: in fact", "Q: why? A: I do"), _border("A: car", "A: cat"), _border("A: so", "A: so, yes")
+    (10, 2, 2)
     """
     at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     inside = any(re.match(r"\w", text[at:]) for text in (one, other))
     found = re.search(r" ?\w*$" if inside else " ?$", one[:at])
-    return at - len(found[0]) if found else at
+    at -= len(found[0]) if found else 0
+    if all(text[at:].strip() for text in (one, other)):
+        return at
+    last = re.search(r" ?\w*\W*$", one[:at])
+    return last.start() if last else 0
 
 
 def _talks(tokenizer: Any, fields: Mapping[str, Any], named: Mapping[str, Any], implicit: bool) -> list[Example]:
     said = [turns_of(named, name) for name in named]
-    if isinstance(fields.get("prompt"), list) or not implicit:  # a text beside whole conversations is in these too
+    prompt = fields.get("prompt")
+    before: list[dict[str, Any]] = []
+    if implicit and not isinstance(prompt, list):  # a text beside whole conversations is in these too
+        both = zip(*said[:2], strict=False)
+        alike = ((a["role"], a["content"]) == (b["role"], b["content"]) for a, b in both)
+        before = said[0][: sum(itertools.takewhile(bool, alike))]
+    if isinstance(prompt, str) and not before:
+        raise DataError(
+            f"prompt is text, but {next(iter(named))} is a list of turns: give the prompt as turns too, "
+            '[{"role": "user", "content": ...}], or the answers as text'
+        )
+    if isinstance(prompt, list) or not implicit:
         before = turns_of(fields, "prompt")
     else:
-        together = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*said[:2], strict=False))
-        before = [turns[0] for turns in together]
         said = [turns[len(before) :] for turns in said]
     return [_answer(tokenizer, before, turns, name) for name, turns in zip(named, said, strict=True)]
 
@@ -206,6 +243,8 @@ def _answer(tokenizer: Any, before: list[dict[str, Any]], turns: list[dict[str, 
     if not turns or turns[0]["role"] != "assistant":
         what = f"it begins with {turns[0]['role']!r}" if turns else "nothing is left of it after the prompt"
         raise DataError(f"{name}: an answer begins with the assistant's turn after the prompt, but {what}")
+    if turns[-1]["role"] != "assistant":
+        raise DataError(f"{name}: an answer ends with the assistant's turn, but it ends with {turns[-1]['role']!r}")
     empty = next((turn for turn in turns if turn["role"] == "assistant" and not turn["content"].strip()), None)
     if empty is not None:
         raise DataError(f"{name}: the assistant says nothing in it")

@@ -178,6 +178,11 @@ def decode_loop(
 
 
 def _check(model: Any, prompts: Any, new: int, temperature: float, top_k: int, top_p: float) -> None:
+    if getattr(model, "task_type", None) == "SEQ_CLS":
+        raise GenerationError(
+            f"a {type(model).__name__} scores texts and writes none, as a reward model and a classifier do: give a "
+            "language model or its SFT run"
+        )
     if not hasattr(model, "decode"):
         raise GenerationError(f"a {type(model).__name__} cannot be decoded from; of a TrainState give state.model")
     if isinstance(new, bool) or not isinstance(new, int):

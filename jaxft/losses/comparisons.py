@@ -25,7 +25,7 @@ def make_reward_loss(*, margin: float = 0.0, centering: float = 0.0) -> Any:
     """Make the model loss of a reward model: `reward_loss` of pairs, `ranking_loss` of ranked lists.
 
     Args:
-        margin: Of pairs; a batch may hold others, `margin` `[B]` float, NaN where this one counts.
+        margin: Of rows with two answers; a batch may hold others, `margin` `[B]` float, NaN where this one counts.
         centering: As of these losses.
 
     Returns:
@@ -33,7 +33,7 @@ def make_reward_loss(*, margin: float = 0.0, centering: float = 0.0) -> Any:
         (`jaxft.load(..., labels=("score",))`), and the batch `chosen_input_ids` and `rejected_input_ids` `[B, T]`, or
         `answer_1_input_ids` and so on, each with its `attention_mask`; an answer without a real token is not there, and
         a row with fewer than two counts nothing. The weight is the number of rows. Further metrics, over all pairs of a
-        better and a worse answer: `accuracy` (equal scores are no hit), `margin` (of the scores), `chosen_score` and
+        better and a worse answer: `accuracy` (at equal scores a half), `margin` (of the scores), `chosen_score` and
         `rejected_score`.
 
     >>> import jaxft, optax
@@ -62,16 +62,16 @@ def score_loss(
     Args:
         scores: `[B, K]`.
         there: `[B, K]` bool, where there is an answer.
-        own: `[B]`, the margin of each pair, NaN where `margin` counts; of lists none does.
+        own: `[B]`, the margin of each row of two, NaN where `margin` counts; of longer lists none does.
         margin: As of `make_reward_loss`.
         centering: Likewise.
     """
-    if scores.shape[1] == 2:
-        wanted = jnp.where(jnp.isnan(own), margin, own)
-        options: dict[str, Any] = {"margin": wanted, "centering": centering, "mask": there.all(1)}
-        losses = reward_loss(scores[:, 0], scores[:, 1], **options, reduction="none")
-    else:
-        losses = ranking_loss(scores, there, centering=centering, reduction="none")
+    pair = there[:, :2].all(1) & (there.sum(1) == 2)
+    wanted = jnp.where(jnp.isnan(own), margin, own)
+    options: dict[str, Any] = {"centering": centering, "reduction": "none"}
+    losses = reward_loss(scores[:, 0], scores[:, 1], margin=wanted, mask=pair, **options)
+    if scores.shape[1] > 2:
+        losses += ranking_loss(scores, there & ~pair[:, None], **options)
     return losses.sum(), (there.sum(1) > 1).sum().astype(jnp.float32)
 
 
@@ -110,7 +110,7 @@ def pair_figures(scores: jax.Array, there: jax.Array) -> dict[str, tuple[jax.Arr
     pairs = jnp.triu(jnp.ones((count, count), bool), 1)[None] & there[:, :, None] & there[:, None]
     better, worse = scores[:, :, None], scores[:, None]
     shown = {
-        "accuracy": (better > worse).astype(jnp.float32),
+        "accuracy": jnp.where(better == worse, 0.5, better > worse),
         "margin": better - worse,
         "chosen_score": jnp.broadcast_to(better, pairs.shape),
         "rejected_score": jnp.broadcast_to(worse, pairs.shape),
@@ -136,8 +136,8 @@ def make_dpo_loss(*, beta: float = 0.1, kind: str = "sigmoid", label_smoothing: 
         `input_ids`, `labels` (-100 on the prompt and at padding) and `attention_mask`, `[B, T]`, and what
         `reference_log_probs` returns. A row without a trained token in both answers counts nothing. The weight is the
         number of rows. Further metrics: `chosen_reward` and `rejected_reward` (beta times the log ratio to the
-        reference), their difference `margin`, `accuracy` (how often it is above 0), and `log_ratio`, how far the policy
-        has moved from the reference on these answers, in nats per token.
+        reference), their difference `margin`, `accuracy` (how often it is above 0; at 0 a half), and `log_ratio`, how
+        far the policy has moved from the reference on these answers, in nats per token.
 
     Raises:
         MethodError: An option that `dpo_loss` refuses.

@@ -43,8 +43,9 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True) -> jax.Arr
     ['-0.7071', '0.7071', '0.0000']
     """
     check_places("whiten", x=x, mask=mask)
-    mean = masked_mean(x, mask)
-    away = kept(kept(x, mask) - mean, mask)
+    mean, real = masked_mean(x, mask), kept(x, mask)
+    level = real.max(where=mask != 0, initial=-jnp.inf)
+    away = jnp.where(((real == level) | (mask == 0)).all(), 0, kept(real - mean, mask))  # no rounding in equal numbers
     variance = (away**2).sum() / jnp.maximum((mask != 0).sum() - 1, 1)
     return kept(away * jax.lax.rsqrt(variance + 1e-8) + (0 if shift_mean else mean), mask)
 

@@ -50,9 +50,10 @@ def with_head(model: Any, labels: Sequence[str]) -> Any:
 
 
 def without_dropout(model: Model) -> Any:
-    """Return the model, of the same arrays, that drops nothing of its own; what adapters drop, they drop on.
+    """Return the model, of the same arrays, that drops nothing, neither of its own nor in the adapters that it has.
 
-    So with a key it computes what it does without, as reward models, DPO and PPO want it.
+    So with a key it computes what it does without, as reward models, DPO and PPO want it. An adapter that is attached
+    afterwards drops what its method asks.
 
     >>> import jaxft
     >>> model = without_dropout(jaxft.testing.tiny_gpt2(resid_pdrop=0.5))
@@ -63,9 +64,8 @@ def without_dropout(model: Model) -> Any:
     rates = [f.name for f in dataclasses.fields(model.config) if "dropout" in f.name or f.name.endswith("pdrop")]
     quiet = model.config.replace(**dict.fromkeys(rates, 0.0))
     for path, module in nnx.iter_modules(fresh):
-        if set(SLOTS).isdisjoint(path):
-            if isinstance(getattr(module, "config", None), ModelConfig):
-                setattr(module, "config", quiet)  # noqa: B010 - not every module has the attribute
-            if hasattr(module, "rate"):
-                setattr(module, "rate", 0.0)  # noqa: B010
+        if set(SLOTS).isdisjoint(path) and isinstance(getattr(module, "config", None), ModelConfig):
+            setattr(module, "config", quiet)  # noqa: B010 - not every module has the attribute
+        if hasattr(module, "rate"):
+            setattr(module, "rate", 0.0)  # noqa: B010
     return fresh

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ..config.schema import Dpo
+from ..config.preferences import Dpo
 from ..errors import ConfigError
 from ..loading import load_run
 from ..losses.comparisons import PAIR, make_dpo_loss, reference_log_probs
@@ -27,6 +27,9 @@ from .task import Data
 
 class PreferenceOptimisation(OfComparisons):
     """Tune a policy on pairs, beside a frozen copy of itself as it was when the run began.
+
+    The reference drops nothing, and the policy drops what the run's own `method` asks: without that the loss begins at
+    log 2. Dropout of the base and of an earlier run's adapter is off, unless `dpo.dropout` asks for it.
 
     Attributes:
         reference: That copy; it shares what is not trained with the policy.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ..config.schema import Grpo
+from ..config.preferences import Grpo
 from ..data import TrainBatches
 from ..data.prompts import collate_prompts
 from ..loading import free_name

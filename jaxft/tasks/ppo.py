@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ..config.schema import Ppo, make_one
+from ..config.preferences import Ppo
+from ..config.schema import make_one
 from ..loading import free_name
 from ..methods import Method
 from ..methods.partition import combine

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..config import Source
-from ..config.schema import Rollouts
+from ..config.preferences import Rollouts
 from ..data import Dataset, TrainBatches, load_prompts, numbered
 from ..data.batches import eval_batches
 from ..data.prompts import Prompt, collate_prompts
@@ -28,6 +28,7 @@ from .start import (
     base_folder,
     base_of,
     begin,
+    check_speaks,
     choose_mesh,
     choose_remat,
     dtype_of,
@@ -66,8 +67,9 @@ class OfPrompts(Task):
         """Refuse a batch that cannot be dealt out into minibatches and micro-batches.
 
         Raises:
-            ConfigError: It does not divide.
+            ConfigError: It does not divide, or the model is a reward model.
         """
+        check_speaks(self.config)
         t, parts = self.config.train, self.rollouts.minibatches
         devices = batch_devices(choose_mesh(self.config))
         if t.batch_size % (parts * t.accumulate * devices):

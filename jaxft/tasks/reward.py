@@ -10,10 +10,9 @@ import numpy as np
 
 from ..calibration import brier_score, expected_calibration_error, pair_margins
 from ..calibration_picture import draw_margins
-from ..config.schema import RewardModel
+from ..config.preferences import RewardModel
 from ..data.batches import Batch, eval_batches
 from ..data.preference import Comparison, collate_comparisons
-from ..errors import ConfigError
 from ..losses.comparisons import answer_scores, make_reward_loss, score_loss
 from ..run import RunFolder
 from ..train.step import ModelLoss
@@ -39,13 +38,7 @@ class RewardModelling(OfComparisons):
 
     @cached_property
     def loss(self) -> ModelLoss:
-        """The loss of a step.
-
-        Raises:
-            ConfigError: A margin for ranked lists, which have none.
-        """
-        if self.options.margin and self.count > 2:
-            raise ConfigError("reward.margin: rows of format ranking have none; leave it out")
+        """The loss of a step."""
         loss: ModelLoss = make_reward_loss(margin=self.options.margin, centering=self.options.centering)
         return loss
 
@@ -59,9 +52,9 @@ class RewardModelling(OfComparisons):
         return SCORE
 
     def pad(self, examples: Sequence[Comparison], *, rows: int | None = None) -> Batch:
-        """Return a batch of rows, of pairs with their margins."""
+        """Return a batch of rows, with their margins."""
         options: dict[str, Any] = {"rows": rows, "count": self.count, "limit": self.positions}
-        return collate_comparisons(examples, **options, margins=self.count == 2)
+        return collate_comparisons(examples, **options, margins=True)
 
     def evaluate(self, model: Any, data: Data, batch_size: int) -> tuple[dict[str, float], Any]:
         """Return the figures over all pairs of a better and a worse answer, and the scores `[N, K]` of each source.
@@ -93,7 +86,7 @@ class RewardModelling(OfComparisons):
         counted = there[:, better] & there[:, worse]
         return {
             "loss": float(total / rows),
-            "accuracy": float((pairs > 0).mean()),
+            "accuracy": float(np.where(pairs == 0, 0.5, pairs > 0).mean()),
             "margin": float(pairs.mean()),
             "chosen_score": float(scores[:, better][counted].mean()),
             "rejected_score": float(scores[:, worse][counted].mean()),
@@ -138,7 +131,7 @@ class RewardModelling(OfComparisons):
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the widest batch, as shapes."""
         margin = jax.ShapeDtypeStruct((self.config.train.batch_size,), jnp.float32)
-        return {**super().shapes(), **({"margin": margin} if self.count == 2 else {})}
+        return {**super().shapes(), "margin": margin}
 
 
 @jax.jit

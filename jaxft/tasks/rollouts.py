@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config.schema import Rollouts
+from ..config.preferences import Rollouts
 from ..data.batches import Batch
 from ..data.prompts import columns_of
 from ..generation.generate import stops_of

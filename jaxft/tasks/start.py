@@ -24,13 +24,27 @@ from ..run import RunFolder
 from ..train.optimizer import by_step, in_phases, make_optimizer, make_schedule
 from ..train.state import TrainState
 
-QUIET = ("reward", "dpo", "ppo", "grpo")  # tasks that have the base's own dropout off, unless their section says so
+QUIET = ("reward", "dpo", "ppo", "grpo")  # tasks that have what they begin with drop nothing, unless told otherwise
 
 
 def base_of(config: Config) -> RunFolder | None:
     """Return the run whose result a config begins with, None where it is a plain model."""
     run = RunFolder(config.model.source)
     return run if run.started else None
+
+
+def check_speaks(config: Config) -> None:
+    """Refuse a task that needs a language model and is given the run of a reward model.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    run = base_of(config)
+    if run is not None and config.task in ("sft", "dpo", "ppo", "grpo") and run.config().task == "reward":
+        raise ConfigError(
+            f"model.path: {config.model.source} is a reward model, which gives no probability to an answer; "
+            f"{config.task} begins with a language model or its SFT run"
+        )
 
 
 def base_folder(config: Config) -> Path:
@@ -112,8 +126,9 @@ def load_base(
     """Return the model that a config begins with: loaded, a run's, or random by its `config.json` alone.
 
     With `labels` it has a head of these classes, and its vectors are pooled as the head reads them; with
-    `model.pooling` both are pooled so. Its own dropout is off where the task has it off. `over`: of a run with an
-    adapter, the model of `load_bare` that it shares.
+    `model.pooling` both are pooled so. Where the task has dropout off, it is off in the model and in the adapters of
+    earlier runs, the one that goes on too; that of the config's own `method` is not. `over`: of a run with an adapter,
+    the model of `load_bare` that it shares.
     """
     model = _load_base(config, run, remat, mesh, labels, over)
     if config.task in QUIET and not getattr(getattr(config, config.task), "dropout", False):

@@ -19,7 +19,7 @@ from ..methods import Method
 from ..run import RunFolder
 from ..train.state import TrainState
 from ..train.step import ModelLoss, make_train_step
-from .start import base_of, load_base, load_state, optimizer_of
+from .start import base_of, check_speaks, load_base, load_state, optimizer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Task:
         raise NotImplementedError
 
     def check_config(self) -> None:
-        """Refuse options that do not go together: before anything is read."""
+        """Refuse options that do not go together, and a base of the wrong kind: before anything is read."""
+        check_speaks(self.config)
         _ = self.loss
 
     def load_data(self, *, train: bool = True) -> Data:

@@ -86,7 +86,11 @@ class Experience:
 def prepared(
     options: PpoOptions, experience: Experience, kl_coefficient: jax.Array
 ) -> tuple[dict[str, jax.Array], Metrics]:
-    """Return the rows that the updates learn from, with advantages and returns, and the figures of the answers."""
+    """Return the rows that the updates learn from, with advantages and returns, and the figures of the answers.
+
+    Where all answers come to the same (the discounted sum of their rewards), there is nothing to choose between them,
+    and the advantages are 0: whitening would blow up what the critic is wrong by.
+    """
     e, mask = experience, experience.rollout.answer_mask
     kl = kl_penalty(e.log_probs, e.ref_log_probs, kind=options.kl_kind, mask=mask)
     scores = e.rewards - (options.missing_end_penalty or 0) * ~e.rollout.ended
@@ -97,13 +101,15 @@ def prepared(
     advantages, returns = generalized_advantage_estimation(
         rewards, e.values, value_mask, gamma=options.gamma, lam=options.lam
     )
+    sums = generalized_advantage_estimation(rewards, jnp.zeros_like(rewards), value_mask, gamma=options.gamma, lam=1.0)
+    differ = (sums[0][:, 0] != sums[0][0, 0]).any()
     batch = {
         **e.rollout.inputs,
         "mask": mask,
         "value_mask": value_mask,
         "log_probs": e.log_probs,
         "values": e.values,
-        "advantages": whiten(advantages, mask),
+        "advantages": jnp.where(differ, whiten(advantages, mask), 0),
         "returns": returns,
     }
     each = kl.sum(1)

@@ -25,7 +25,10 @@ CRITIC = "critic"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PpoState(TrainState):
-    """The policy's state, and what learning from rewards needs besides. No array is in it twice.
+    """The policy's state, and what learning from rewards needs besides.
+
+    No array of the frozen part is in it twice. (A critic that adapts what the policy trains stands on the reference's
+    arrays, which both hold.)
 
     Attributes:
         reference: The policy's trainable part as the stage began; with `frozen` it is the reference. It never changes
@@ -65,9 +68,9 @@ class PpoState(TrainState):
         model = combine(reference, policy.frozen)
         if fresh and policy.name in adapters(model):
             model = detach(model, policy.name)
-        if adapters(model) and any(isinstance(part, Full) for part in parts_of(method)):
-            model = merge(model)
         try:
+            if adapters(model) and any(isinstance(part, Full) for part in parts_of(method)):
+                model = merge(model)
             critic = TrainState.create(value_model(model), method, tx, seed=seed, name=CRITIC)
         except (MethodError, SelectionError) as error:
             raise MethodError(f"the critic, which ppo.critic gives a method of its own: {error}") from None

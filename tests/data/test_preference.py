@@ -50,7 +50,9 @@ def test_prompt_and_answers_are_tokenised_apart(tmp_path):
 IMPLICIT = [
     ("Q: why? A: yes", "Q: why? A: no", ("Q: why? A:", " yes", " no")),  # the space goes with the answers, as in trl
     ("A: the mat", "A: the man", ("A: the", " mat", " man")),  # no word is cut in two
-    ("on the mat", "on the mat and on", None),
+    ("on the mat", "on the mat and on", ("on the", " mat", " mat and on")),  # neither answer may be empty
+    ("Q: hi A: yes, sir", "Q: hi A: yes", ("Q: hi A:", " yes, sir", " yes")),
+    ("mat and", "mat", ("", "mat and", "mat")),
     ("猫在哪里?在这", "猫在哪里?不在", ("猫在哪里?", "在这", "不在")),
     ("mat", "cat", ("", "mat", "cat")),
 ]
@@ -59,12 +61,6 @@ IMPLICIT = [
 @pytest.mark.parametrize(("chosen", "rejected", "expected"), IMPLICIT)
 def test_whole_texts_without_a_prompt(tmp_path, chosen, rejected, expected):
     tokenizer, row = make_tokenizer(), {"prompt": None, "chosen": chosen, "rejected": rejected}
-    if expected is None:
-        with pytest.raises(
-            DataError, match="chosen: nothing is left of it after the beginning that both have, 'on the"
-        ):
-            load(tmp_path, [row], tokenizer)
-        return
     prompt, *answers = expected
     (pair,) = load(tmp_path, [row], tokenizer).examples
     assert said(tokenizer, pair) == [(f"<s>{prompt}", f"{answer}</s>") for answer in answers]
@@ -73,6 +69,7 @@ def test_whole_texts_without_a_prompt(tmp_path, chosen, rejected, expected):
 CHATS = {
     "apart": {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
     "implicit": {"chosen": [USER, YES], "rejected": [USER, NO]},
+    "with keys of their own": {"chosen": [{**USER, "id": 1}, YES], "rejected": [{**USER, "id": 2}, NO]},
     "with the prompt as text too": {"prompt": "the cat?", "chosen": [USER, YES], "rejected": [USER, NO]},
 }
 
@@ -158,9 +155,13 @@ BAD = [
         "answers of one kind are expected, but chosen is text and rejected is a list",
     ),
     ({"prompt": "", "chosen": "c", "rejected": "d"}, "prompt: it is empty"),
-    ({"prompt": [USER], "chosen": "c", "rejected": "d"}, "prompt: text is expected, this is list"),
+    ({"prompt": [USER], "chosen": "c", "rejected": "d"}, "prompt is a list of turns, but chosen is text: give the an"),
+    ({"prompt": [USER], "chosen": [YES, MORE], "rejected": [NO]}, "chosen: an answer ends with the assistant's turn"),
+    ({"prompt": [USER], "chosen": YES, "rejected": NO}, "chosen: this is a single turn; a list of turns is expected"),
+    ({"prompt": USER, "chosen": [YES], "rejected": [NO]}, "prompt: this is a single turn; a list of turns is expected"),
+    ({"chosen": [YES], "rejected": [NO]}, "prompt: it is empty: the answers have no common first turns"),
     ({**P, "chosen": "c", "rejected": "d", "margin": "far"}, "margin: a finite number is expected, this is 'far'"),
-    ({**P, "chosen": [YES], "rejected": [NO]}, "prompt: it is empty: the answers have no common first turns"),
+    ({**P, "chosen": [YES], "rejected": [NO]}, "prompt is text, but chosen is a list of turns: give the prompt as"),
     ({"prompt": [USER, YES], "chosen": [END], "rejected": [NO]}, "prompt: it ends with the assistant's turn"),
     ({"prompt": [USER], "chosen": [MORE, YES], "rejected": [NO]}, "chosen: an answer begins with the assistant's turn"),
     ({"chosen": [USER, YES], "rejected": [USER, YES, MORE, NO]}, "prompt: it ends with the assistant's turn"),
@@ -174,7 +175,8 @@ LISTS = [
     ({"answers": ["c", "d"]}, "prompt: text is expected, the row has no such column"),
     ({**P, "answers": ["c", "d", "c"]}, "answers[0] and answers[2] are the same: 'c'"),
     ({**P, "answers": ["c", None]}, "answers[1]: text is expected, this is null"),
-    ({**P, "answers": [[YES], [NO]]}, "prompt: a list of turns is expected, this is str"),
+    ({**P, "answers": [[YES], [NO]]}, "prompt is text, but answers[0] is a list of turns: give the prompt as"),
+    ({"prompt": [USER], "answers": [YES, NO]}, "answers[0]: this is a single turn; a list of turns is expected"),
 ]
 
 
@@ -189,6 +191,12 @@ def test_bad_rows_are_named_or_left_out(tmp_path, format, row, reason):
     assert f"rows.jsonl:2: {reason}" in str(raised.value)
     data = load(tmp_path, [good, row], tokenizer, format=format, skip_bad_rows=True)
     assert (len(data), [bad.place[-12:] for bad in data.skipped]) == (1, ["rows.jsonl:2"])
+
+
+@pytest.mark.parametrize("margin", [None, "", " ", float("nan"), "nan"])
+def test_a_margin_that_is_none(tmp_path, margin):
+    (pair,) = load(tmp_path, [{**P, "chosen": "c", "rejected": "d", "margin": margin}]).examples
+    assert pair.margin is None
 
 
 def test_what_the_tokenizer_lacks(tmp_path):

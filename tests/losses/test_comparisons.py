@@ -73,6 +73,26 @@ def test_ranked_lists_by_hand():
     assert [float(x) for x in figures["margin"]] == pytest.approx([2 + 1 - 1 - 1, 4])
 
 
+def test_a_row_of_two_has_its_margin_beside_longer_lists():
+    """And one of three has none."""
+    lists = {"answer_1": [[30], [10], [30]], "answer_2": [[10], [20], [10]], "answer_3": [[20], [], []]}
+    log1p = lambda x: np.log1p(np.exp(x))
+    own = {**batch(rows=lists), "margin": jnp.array([5.0, 2.0, jnp.nan])}
+    total, rows, _ = make_reward_loss(margin=0.5)(Sums(), own, key=None)
+    np.testing.assert_allclose(total, (log1p(-2) + log1p(-1) + log1p(1)) / 3 + log1p(3) + log1p(-1.5), rtol=1e-6)
+    assert rows == 3
+
+
+def test_equal_scores_are_half_a_hit():
+    """So DPO, whose policy is the reference at first, begins at one half."""
+    rows = {"chosen": [[10, 20], [9]], "rejected": [[20, 10], [3]]}
+    _, _, figures = make_reward_loss()(Sums(), batch(rows=rows), key=None)
+    assert [float(x) for x in figures["accuracy"]] == [1.5, 2]
+    begun = {**batch(), **reference_log_probs(POLICY, batch())}
+    _, _, figures = jax.jit(lambda b: make_dpo_loss()(POLICY, b, key=None))(begun)
+    assert [float(x) for x in figures["accuracy"]] == [1, 2]
+
+
 def test_the_answers_of_a_long_list_keep_their_order():
     """Of a dict that went through jit, where answer_10 comes before answer_2."""
     lists = {f"answer_{k}": [[100 - k]] for k in range(1, 12)}
@@ -125,7 +145,7 @@ def test_a_policy_that_is_its_reference():
     given = {**batch(), **reference_log_probs(POLICY, batch())}
     total, rows, figures = make_dpo_loss()(POLICY, given, key=None)
     np.testing.assert_allclose(total / rows, np.log(2), atol=1e-6)
-    assert all(abs(float(a)) < 1e-5 for a, _ in figures.values())
+    assert all(abs(float(a)) < 1e-5 for name, (a, _) in figures.items() if name != "accuracy")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -71,6 +71,7 @@ def test_whiten_by_hand():
     close(losses.whiten(3 * x, mask, shift_mean=False), [[5, 7], [6, 0]])
     close(losses.whiten(x, jnp.array([[0, 0], [1, 0]])), np.zeros((2, 2)))
     close(losses.whiten(jnp.full((2, 2), 0.1), mask), np.zeros((2, 2)), rtol=0)
+    assert not losses.whiten(jnp.full(7, 1.7), jnp.ones(7)).any()  # the mean of seven is not 1.7 to the bit
 
 
 def test_kl_by_hand():

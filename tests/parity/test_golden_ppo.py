@@ -12,7 +12,9 @@ from safetensors.numpy import load_file
 
 import jaxft
 from jaxft import losses
+from jaxft.generation.rollout import Rollout
 from jaxft.models.sharing import with_head
+from jaxft.train.experience import Experience, PpoOptions, prepared
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = load_file(FOLDER / "ppo.safetensors")
@@ -88,6 +90,25 @@ def test_rewards_and_advantages(run, drawn):
     mask = np.asarray(d["mask"])
     whitened = losses.whiten(advantages, d["mask"])
     close(whitened, np.where(mask, GOLDEN[f"{run} whitened"], 0))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_step_prepares_what_the_peer_learns_from(run, drawn):
+    d, o = drawn[run], RUNS[run]
+    rollout = Rollout(jnp.asarray(GOLDEN[f"{run} input_ids"]), None, d["mask"], d["penalty"] == 0)
+    seen = Experience(rollout, d["log_probs"], d["ref"], jnp.zeros(d["mask"].shape), d["values"], d["scores"])
+    options = PpoOptions(
+        missing_end_penalty=PENALTY,
+        kl_kind=o["kl"],
+        gamma=o["gamma"],
+        lam=o["lam"],
+        whiten_rewards=o["whiten"],
+        score_position="after_end",
+    )
+    batch, figures = prepared(options, seen, jnp.float32(o["beta"]))
+    close(batch["advantages"], np.where(d["mask"], GOLDEN[f"{run} whitened"], 0))
+    close(figures["kl"], GOLDEN[f"{run} kl"])
+    close(figures["objective"], GOLDEN[f"{run} rlhf_reward"])
 
 
 @pytest.mark.parametrize("run", RUNS)

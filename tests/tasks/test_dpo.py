@@ -86,6 +86,7 @@ def test_a_run_begins_at_log_2_and_tells_the_pairs_apart(done, run):
     assert set(said["before"]) == {f"eval_{name}" for name in FIGURES}
     assert said["before"]["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert all(abs(said["before"][f"eval_{name}"]) < 1e-6 for name in FIGURES[2:])
+    assert said["before"]["eval_accuracy"] == 0.5
     after = said["after"]
     assert after["eval_loss"] < 0.69 and after["eval_margin"] > 0.005 and after["eval_accuracy"] > 0.5
     assert after["eval_margin"] == pytest.approx(after["eval_chosen_reward"] - after["eval_rejected_reward"], abs=1e-6)
@@ -120,6 +121,24 @@ def test_after_an_sft_run_the_reference_is_base_and_adapter(done, run, place):
     assert run("export", "over", "--format", "merged", "--output", "out/over")[0] == 0
     ids = np.array([[5, 6, 7, 8]])
     np.testing.assert_allclose(jaxft.load("out/over")[0](ids), jaxft.load("over")[0](ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["beneath", "goes_on", "asked"])
+def test_the_dropout_of_an_earlier_run_is_off(place, run, form):
+    """Of its adapter that lies beneath, and of the one that goes on, unless the section asks for it."""
+    if not (place / "noisy").is_dir():
+        dropped = SFT.replace("r: 2", "r: 2, dropout: 0.5").replace("output: sft", "output: noisy")
+        (place / "noisy.yaml").write_text(dropped)
+        assert run("train", "noisy.yaml")[0] == 0
+    config = CONFIG.replace("path: base", "path: noisy").replace(", accumulate: 2, log_every: 2", ", log_every: 1")
+    lines = [line for line in config.splitlines() if not line.startswith("method") or form == "beneath"]
+    (place / "quiet.yaml").write_text("\n".join(lines).replace(", dropout: 0.1", ""))
+    asked = ["--set", "dpo.dropout=true"] if form == "asked" else []
+    code, _, err = run("train", "quiet.yaml", "--output", form, "--set", "train.steps=1", *asked)
+    assert code == 0, err
+    logged = [json.loads(line) for line in (place / form / "metrics.jsonl").read_text().splitlines()]
+    first = next(row["loss"] for row in logged if "loss" in row)
+    assert (abs(first - np.log(2)) < 1e-6) == (form != "asked")
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(done, run, place, monkeypatch):
@@ -218,7 +237,7 @@ def test_what_cannot_be_tuned_by_preferences(run, place):
     code, _, err = run("validate", "dpo.yaml", "--set", "model.path=bert")
     assert (code, "dpo needs a causal language model" in err) == (2, True)
     code, _, err = run("validate", "dpo.yaml", "--set", "dpo={kind: ipo, label_smoothing: 0.1}")
-    assert (code, "label_smoothing=0.1: ipo has none" in err) == (2, True)
+    assert (code, "dpo.label_smoothing: ipo has none" in err) == (2, True)
     code, _, err = run("validate", "dpo.yaml", "--set", "data.max_length=3")
     assert (code, "more than max_length 3" in err) == (2, True)
     jsonl(place / "same.jsonl", [PAIRS[0], {**PAIRS[1], "rejected": PAIRS[1]["chosen"]}])

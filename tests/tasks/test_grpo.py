@@ -3,6 +3,8 @@
 import json
 import os
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,11 +15,14 @@ from jaxft import cli
 from jaxft.config import load_config
 from jaxft.data import numbered
 from jaxft.errors import ConfigError
+from jaxft.generation.rollout import Rollout
 from jaxft.models.tensors import Tensors
 from jaxft.plan import make_plan
 from jaxft.tasks.registry import task_of
+from jaxft.tasks.rollouts import Drawing
 from jaxft.tasks.train import Job
 from jaxft.train.checkpoint import Checkpoints
+from jaxft.train.grpo import Drawn, GrpoOptions
 
 CONFIG = """task: grpo
 model: {path: base}
@@ -148,21 +153,26 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(done, run, place, monkeypat
     assert list(map(kept, logged(done))) == list(map(kept, logged(place / "broken")))
 
 
-def test_equal_rewards_teach_nothing(run, place):
-    code, _, err = run(
-        "train",
-        "c.yaml",
-        "--set",
-        LORA,
-        "--set",
-        "grpo.reward=mine.py:same",
-        "--output",
-        "same",
-        "--set",
-        "grpo.kl_coefficient=0",
-        *(part for one in SHORT for part in ("--set", one)),
-    )
+def test_equal_rewards_teach_nothing(run, place, monkeypatch):
+    """And without a KL there is no reference; the draws are others each step, and the same each evaluation."""
+    keys, drawn = [], []
+    draw = Drawing.draw
+
+    def drawing(self, model, batch, key):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return draw(self, model, batch, key)
+
+    def keep(*args):
+        drawn.append(args)
+        return Drawn(*args)
+
+    monkeypatch.setattr(Drawing, "draw", drawing)
+    monkeypatch.setattr(jaxft.tasks.grpo, "Drawn", keep)
+    sets = [LORA, "grpo.reward=mine.py:same", "grpo.kl_coefficient=0", *SHORT]
+    code, _, err = run("train", "c.yaml", "--output", "same", *(part for one in sets for part in ("--set", one)))
     assert code == 0, err
+    assert len(set(keys)) == 3 and keys[0] == keys[3]
+    assert [(old is not None, ref) for _, _, old, ref in drawn] == [(True, None)] * 2  # two minibatches need the old
     rows = trained(place / "same")
     assert [(row["equal_groups"], row["grad_norm"], row["loss"]) for row in rows] == [(1, 0, 0)] * 2
     assert not any(name in rows[0] for name in ("kl", "accuracy", "reward_same"))
@@ -180,7 +190,8 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("method", [METHODS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_each_method_and_the_next_over_it(run, place, method):
     """The reference is what the stage begins with: after a run its adapter too, so that the first KL is 0 again."""
     name = f"run{METHODS.index(method)}"
@@ -233,6 +244,40 @@ COMPARED = (
     "eval_kl",
     "response_length",
 )
+
+
+def test_what_a_reward_is_given(place, monkeypatch):
+    """Of two answers the first comes to its end: its end token is no part of its length, nor of its text."""
+    monkeypatch.chdir(place)
+    task = task_of(load_config("c.yaml"))
+    data = task.load_data()
+    said = [data.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("cat", "the end: 12345")]
+    new = np.zeros((2, 6), np.int32)
+    new[0, : len(said[0]) + 1], new[1] = [*said[0], data.tokenizer.eos_token_id], said[1][:6]
+    mask = np.arange(6)[None] < np.array([[len(said[0]) + 1], [6]])
+    ids = np.concatenate([np.full((2, 3), 9), new], 1)
+    rollout = Rollout(jnp.array(ids), jnp.array(mask), jnp.array(mask), jnp.array([True, False]))
+    drawing = Drawing(jaxft.load("base")[0], data, task.rollouts, task.reward)
+    answers = drawing.answers(rollout, {"row": np.array([2, -1])})
+    assert len(said[0]) < 5 and len(said[1]) > 6
+    assert answers.lengths.tolist() == [len(said[0]), 6]
+    assert answers.completions == ["cat", data.tokenizer.decode(said[1][:6])]
+    assert answers.prompts == [PROMPTS[2]] * 2 and answers.columns == {"answer": ["3", "3"]}
+    assert [place[-7:] for place in answers.places] == ["jsonl:3"] * 2
+
+
+def test_every_option_goes_to_the_step(place):
+    said = {"kl_coefficient": 0.2, "correct_kl": True, "epochs": 3, "minibatches": 4, "clip": 0.1, "clip_high": 0.3}
+    said |= {"ratio": "sequence", "reduction": "dr_grpo", "scale": "batch", "temperature": 0.7, "group_size": 16}
+    said |= {"missing_end_penalty": 0.5}
+    config = load_config(place / "c.yaml", [f"grpo.{k}={json.dumps(v)}" for k, v in said.items()])
+    options = task_of(config).options
+    assert options == GrpoOptions(**said, accumulate=1, max_length=6)
+    assert all(
+        getattr(options, name) != default
+        for name, default in vars(GrpoOptions(group_size=8)).items()
+        if name != "accumulate"
+    )
 
 
 def test_answers_to_a_prompt_stand_together(place, monkeypatch):

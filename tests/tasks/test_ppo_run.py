@@ -19,6 +19,7 @@ from jaxft.methods.partition import leaves
 from jaxft.models.sharing import with_head
 from jaxft.models.tensors import Tensors
 from jaxft.plan import make_plan
+from jaxft.tasks.rollouts import Drawing
 from jaxft.tasks.train import Job
 from jaxft.train.checkpoint import Checkpoints
 
@@ -208,12 +209,24 @@ def alive():
     return {x.unsafe_buffer_pointer(): x.nbytes for x in arrays}
 
 
-def test_four_roles_hold_one_base_and_compile_once(job, caplog):
+def test_an_evaluation_counts_each_prompt_once(job):
+    """Those that fill a batch up count nothing."""
+    made = job("train.steps=1", "train.eval_every=null", "train.save_every=null", "optimizer.warmup_steps=0")
+    figures, said = made.task.evaluate(made.state.model, made.data, 32)
+    assert [row["prompt"] for row in said] == PROMPTS * 2
+    assert figures["reward"] == pytest.approx(np.mean([row["reward"] for row in said]))
+    assert figures["reward_std"] == pytest.approx(np.std([row["reward"] for row in said]))
+    assert made.task.evaluate(made.state.model, made.data, 32)[1] == said
+
+
+def test_four_roles_hold_one_base_and_compile_once(job, caplog, monkeypatch):
     """Policy, reference, critic and reward model over one base, by the bytes of all arrays that are alive."""
     before = alive()
     made = job(LORA, "ppo.reward=reward", *SHORT, "train.steps=4")
     files = made.fingerprints["files"]
     assert {"reward/adapter: adapter_model.safetensors", "base: model.safetensors"} <= set(files)
+    keys, draw = [], Drawing.draw
+    monkeypatch.setattr(Drawing, "draw", lambda self, *given: keys.append(given[-1]) or draw(self, *given))
     state, batches = made.state, made.batches.iterate(0)
     state, _ = made.step(state, next(batches))
     with jax.log_compiles(), caplog.at_level("WARNING"):
@@ -221,6 +234,7 @@ def test_four_roles_hold_one_base_and_compile_once(job, caplog):
             state, metrics = made.step(state, next(batches))
     assert not [record.getMessage() for record in caplog.records if "ompil" in record.getMessage()]
     assert float(metrics["skipped"]) == 0
+    assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in keys}) == 3  # each step draws anew
     held = sum(x.nbytes for x in leaves(state.frozen).values())
     small = sum(x.nbytes for x in jax.tree.leaves((state.trainable, state.opt_state, state.critic)))
     del metrics

@@ -123,6 +123,37 @@ def test_it_is_exported_whole_and_as_an_adapter(done, run, place):
     np.testing.assert_allclose(jaxft.load_adapter(bare, "out/peft")(**inputs), whole(**inputs), atol=1e-6)
 
 
+@pytest.mark.parametrize("method", [None, "full"])
+def test_a_reward_model_is_no_language_model(done, run, place, method):
+    """To go on with by other tasks, or to write answers."""
+    base = done
+    if method == "full":
+        base = place / "in_full"
+        sets = ["method={name: full}", "train.steps=1", "data.eval=null"]
+        code, _, err = run("train", "reward.yaml", "--output", base.name, *(x for s in sets for x in ("--set", s)))
+        assert code == 0, err
+    rows = {"sft": "prompt_completion", "dpo": "preference", "ppo": "prompt", "grpo": "prompt"}
+    for task, form in rows.items():
+        more = ["--set", f"{task}={{reward: length}}"] if form == "prompt" else []
+        sets = [f"task={task}", f"model.path={base.name}", f"data.format={form}", "train.batch_size=8"]
+        code, _, err = run("validate", "reward.yaml", *(x for s in sets for x in ("--set", s)), *more)
+        expected = f"model.path: {base.name} is a reward model, which gives no probability to an answer; {task} begins"
+        assert (code, expected in err) == (2, True), err
+    code, _, err = run("generate", base, "--prompt", "the cat")
+    assert code == 2 and "scores texts and writes none" in err and "TrainState" not in err
+
+
+def test_options_that_do_not_go_together_are_said_at_once(run, place):
+    text = CONFIG.replace("format: preference", "format: ranking") + "reward:\n  margin: 1.0\nmodle: {}\n"
+    (place / "bad.yaml").write_text(text)
+    code, _, err = run("validate", "bad.yaml")
+    assert code == 2 and "bad.yaml:10: reward.margin: rows of format ranking have none" in err and "modle" in err
+    text = CONFIG.replace("task: reward", "task: dpo") + "dpo:\n  kind: ipo\n  label_smoothing: 0.1\nmodle: {}\n"
+    (place / "bad.yaml").write_text(text)
+    code, _, err = run("validate", "bad.yaml")
+    assert code == 2 and "bad.yaml:11: dpo.label_smoothing: ipo has none" in err and "modle" in err
+
+
 def test_ranked_lists_and_pairs_go_together(run, place):
     """Of several sources each is measured; lists over all of their pairs."""
     both = "data.{}=[{{path: lists.jsonl, format: ranking}}, {{path: pairs.jsonl}}]"

@@ -102,7 +102,7 @@ def test_a_missing_end_costs(model):
     assert float(figures["reward"]) == 2.25  # the reward itself is told as it is
 
 
-@pytest.mark.parametrize("reduction", ["dapo", "bnpo", "grpo"])
+@pytest.mark.parametrize("reduction", ["bnpo", *(pytest.param(r, marks=pytest.mark.slow) for r in ("dapo", "grpo"))])
 def test_micro_batches_add_up(model, reduction):
     """However unequal the answers of a micro-batch are, the update is that of the whole."""
     options = replace(OPTIONS, reduction=reduction)

@@ -12,7 +12,7 @@ import jaxft
 from jaxft.generation.rollout import Rollout
 from jaxft.models.hub import fresh_model
 from jaxft.train.checkpoint import Checkpoints
-from jaxft.train.experience import Experience, PpoOptions, adapted, dealt
+from jaxft.train.experience import Experience, PpoOptions, adapted, dealt, prepared
 from jaxft.train.optimizer import by_step
 from jaxft.train.policy import PpoState
 from jaxft.train.ppo import PpoUpdate
@@ -151,6 +151,18 @@ def test_a_reward_that_is_always_the_same_teaches_the_policy_nothing(first):
         np.testing.assert_allclose(after[path], x, atol=1e-6)
     assert moved(values, held(state.critic.trainable)) > 0
     assert float(metrics["reward_std"]) == 0
+
+
+@pytest.mark.parametrize("lam", [0.5, 0.95, 1.0])
+@pytest.mark.parametrize("rewards", [np.full(ROWS, 1.7), REWARDS], ids=["equal", "unequal"])
+def test_what_the_critic_is_wrong_by_is_no_advantage(first, rewards, lam):
+    """The first critic says 0 everywhere; one that is wrong at each place otherwise would be whitened into lessons."""
+    seen = first[0]
+    wrong = jnp.asarray(np.random.default_rng(0).normal(1.7, 0.1, seen.values.shape))
+    seen = dataclasses.replace(seen, values=wrong, rewards=jnp.asarray(rewards, jnp.float32))
+    batch, _ = prepared(dataclasses.replace(OPTIONS, lam=lam), seen, jnp.float32(0))
+    assert bool(batch["advantages"].any()) == (rewards is REWARDS)
+    assert bool((batch["returns"] != 0).any())
 
 
 @pytest.mark.parametrize("rewards", [np.full(ROWS, 2.0), np.zeros(ROWS), REWARDS], ids=["equal", "zero", "unequal"])
