@@ -14,6 +14,7 @@ from texts import make_tokenizer
 import jaxft
 from jaxft import cli
 from jaxft.config import load_config
+from jaxft.data.prompts import collate_prompts
 from jaxft.errors import BatchError, ConfigError, DataError
 from jaxft.methods.partition import leaves
 from jaxft.models.sharing import with_head
@@ -339,3 +340,21 @@ def test_a_plan_counts_the_base_once(place, monkeypatch):
     assert plan.optimizer_bytes == sum(x.nbytes for x in jax.tree.leaves((state.opt_state, state.critic.opt_state)))
     assert plan.total_bytes > plan.parameters_bytes + plan.optimizer_bytes
     assert (plan.rows, plan.width) == (32, 22)
+
+
+FITTING = """
+def fitting(prompts, completions, level):
+    return [0.0 if one is None else float(one) for one in level]
+"""
+
+
+def test_a_column_that_one_source_lacks_is_none_there(job, place):
+    """Also in a batch of that source alone: the function is called with it, as was checked."""
+    (place / "levels.jsonl").write_text(json.dumps({"prompt": "the end", "level": 2}) + "\n")
+    (place / "fitting.py").write_text(FITTING)
+    made = job("data.train=[rows.jsonl, levels.jsonl]", "ppo.reward=fitting.py:fitting", *SHORT)
+    drawing, rows = made.step.drawing, made.data.train
+    for part, worth in zip(rows, (0, 2), strict=True):
+        batch = collate_prompts(part.examples[:1], width=8)
+        answers = drawing.answers(drawing.draw(made.state.model, batch, jax.random.key(0)), batch)
+        assert drawing.scored(answers)[0].tolist() == [worth]
