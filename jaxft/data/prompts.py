@@ -1,7 +1,7 @@
 """Rows of prompts that answers are drawn to, with whatever else a reward needs to know of them."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +185,13 @@ def collate_prompts(examples: Sequence[Prompt], *, width: int, rows: int | None 
     return {name: np.repeat(x, repeat, 0) for name, x in (("input_ids", ids), ("attention_mask", mask), ("row", row))}
 
 
-def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+def columns_of(prompts: Sequence[Prompt], names: Iterable[str] = ()) -> dict[str, list[Any]]:
     """Return the columns of some prompts, as reward functions get them: None where a row lacks what another has.
+
+    `names`: columns that are there in any case.
 
     >>> columns_of([Prompt(np.array([1]), "a", {"answer": 3}), Prompt(np.array([2]), "b")])
     {'answer': [3, None]}
     """
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    every = dict.fromkeys([*names, *(name for prompt in prompts for name in prompt.columns)])
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in every}

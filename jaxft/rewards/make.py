@@ -91,6 +91,11 @@ class Reward:
         """Return the reward of each answer, `[B]` float32. Errors as of `each`."""
         return self.total(self.each(answers))
 
+    def models(self) -> dict[str, Any]:
+        """Return the models that score, by their paths, once they are loaded."""
+        scorers = [part.scorer for part in self.parts if isinstance(part.scorer, ModelReward)]
+        return {scorer.path: scorer.model for scorer in scorers if scorer.model is not None}
+
     def load(self, base: Any = None, base_folder: str | Path | None = None) -> "Reward":
         """Return it with the models of its rewards. Arguments and errors as of `make_reward`."""
         loaded = [
@@ -150,7 +155,7 @@ def read_rewards(terms: Any, *, tokenizer: Any = None, rows: Sequence[Prompt] = 
             parts.append(Part(name, float(term.weight), scorer))
         except JaxftError as error:
             problems += [f"{said}: {line}" for line in _lines(error)]
-    refuse(RewardError, HEADLINE, problems)
+    refuse(RewardError, HEADLINE, dict.fromkeys(problems))  # rows to train and to evaluate on may be the same
     return Reward(tuple(parts))
 
 

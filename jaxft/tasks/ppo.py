@@ -76,10 +76,9 @@ class PolicyOptimization(OfPrompts):
         learnt = PpoUpdate(self.options).trace(state, Experience(rollout, **rest))
         return [(learnt, (dataclasses.replace(state, reference=None), batch)), drawing]
 
-    def positions_left(self, model: Any) -> int | None:
-        """Return how many tokens prompt and answer may have together, by policy and critic."""
-        known = [left for left in (model.positions_left(), self.critic_positions) if left is not None]
-        return min(known, default=None)
+    def positions_left(self, model: Any) -> dict[str, int | None]:
+        """Return how many tokens prompt and answer may have together, by each model that reads them."""
+        return {**super().positions_left(model), "the critic": self.critic_positions}
 
     def make_step(self, state: Any) -> Callable[..., Any]:
         """Return the step: draw, score, reward, learn."""

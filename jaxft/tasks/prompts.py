@@ -13,7 +13,7 @@ from ..config.preferences import Rollouts
 from ..data import Dataset, TrainBatches, load_prompts, numbered
 from ..data.batches import eval_batches
 from ..data.prompts import Prompt, collate_prompts
-from ..errors import BatchError, ConfigError, refuse
+from ..errors import BatchError, ConfigError, RewardError, refuse
 from ..generation.generate import stops_of
 from ..learning_picture import draw_learning
 from ..loading import load_run
@@ -150,24 +150,36 @@ class OfPrompts(Task):
 
         Raises:
             BatchError: Each row is named.
+            RewardError: A reward model that knows fewer tokens than may be drawn.
         """
-        known, left, room = model.config.vocab_size, self.positions_left(model), self.rollouts.max_new_tokens
+        known, room = model.config.vocab_size, self.rollouts.max_new_tokens
         rows: list[Prompt] = [row for part in (*data.train, *data.held_out) for row in part.examples]
         strange = [f"{row.place}: token {row.input_ids.max()}" for row in rows if row.input_ids.max() >= known]
-        refuse(BatchError, f"the tokenizer is not this model's, which knows {known} tokens", strange)
+        refuse(BatchError, f"the tokenizer is not this model's, which knows {known} tokens", dict.fromkeys(strange))
+        few = {path: n for path, scorer in self.reward.models().items() if (n := scorer.config.vocab_size) < known}
+        refuse(
+            RewardError,
+            "reward models that cannot read each answer: take one whose table of tokens is as long as the policy's",
+            [f"{path!r}: it knows {n} tokens, and the policy draws from {known}" for path, n in few.items()],
+        )
         if not any(stop < known for stop in stops_of(model, data.tokenizer)):
             raise BatchError(f"no token ends an answer: the end token of the tokenizer is none of the model's {known}")
-        long = [row for row in rows if left is not None and len(row) + room > left]
-        refuse(
-            BatchError,
-            f"prompts too long: the model has {left} positions, {room} of them for the answer (max_new_tokens)",
-            [f"{row.place}: the prompt has {len(row)} tokens" for row in long],
-        )
+        limits = {who: left for who, left in self.positions_left(model).items() if left is not None}
+        if limits:
+            who = min(limits, key=limits.__getitem__)
+            long = [row for row in rows if len(row) + room > limits[who]]
+            refuse(
+                BatchError,
+                f"prompts too long: {who} has {limits[who]} positions, {room} of them for the answer (max_new_tokens)",
+                dict.fromkeys(f"{row.place}: the prompt has {len(row)} tokens" for row in long),
+            )
 
-    def positions_left(self, model: Any) -> int | None:
-        """Return how many tokens prompt and answer may have together."""
-        left: int | None = model.positions_left()
-        return left
+    def positions_left(self, model: Any) -> dict[str, int | None]:
+        """Return how many tokens prompt and answer may have together, by each model that reads them."""
+        rewards = {
+            f"the reward model {path!r}": scorer.positions_left() for path, scorer in self.reward.models().items()
+        }
+        return {"the model": model.positions_left(), **rewards}
 
     def evaluate(self, model: Any, data: Data, batch_size: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Return the figures of a model's answers to the held-out prompts, drawn with the same keys each time."""

@@ -35,6 +35,7 @@ class Drawing:
     def __init__(self, model: Any, data: Data, options: Rollouts, reward: Reward):
         self.tokenizer, self.reward, self.room = data.tokenizer, reward, options.max_new_tokens
         self.prompts = {row.row: row for part in (*data.train, *data.held_out) for row in part.examples}
+        self.columns = list(columns_of(list(self.prompts.values())))  # a batch may have none of a source that has one
         self.mesh = mesh_of(model)
         self.stopping = stopping_of(stops_of(model, data.tokenizer), model.config.vocab_size)
         self.temperature = jnp.float32(options.temperature)
@@ -62,7 +63,7 @@ class Drawing:
         return Answers(
             [prompt.said for prompt in prompts],
             [self.tokenizer.decode(row, skip_special_tokens=True) for row in new],
-            columns_of(prompts),
+            columns_of(prompts, self.columns),
             rollout.input_ids,
             rollout.attention_mask,
             lengths,

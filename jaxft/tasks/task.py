@@ -186,7 +186,7 @@ class Task:
         config = self.config
         training = tuple(map(attempt, config.data.train)) if train else ()
         held_out = tuple(map(attempt, config.data.eval or ()))
-        refuse(DataError, "data that cannot be used", problems)
+        refuse(DataError, "data that cannot be used", dict.fromkeys(problems))  # a file may be named twice
         limit = config.evaluation.rows
         return training, tuple(dataclasses.replace(d, examples=self.some(d.examples, limit)) for d in held_out)
 

@@ -61,7 +61,7 @@ def place(tmp_path_factory):
     rows = [{"prompt": prompt, "answer": str(n)} for n, prompt in enumerate(PROMPTS * 2, 1)]
     (where / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (where / "mine.py").write_text(REWARDS)
-    (where / "c.yaml").write_text(CONFIG.replace("", ""))
+    (where / "c.yaml").write_text(CONFIG)
     return where
 
 

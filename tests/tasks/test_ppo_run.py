@@ -14,7 +14,8 @@ from texts import make_tokenizer
 import jaxft
 from jaxft import cli
 from jaxft.config import load_config
-from jaxft.errors import BatchError, ConfigError, DataError
+from jaxft.data.prompts import collate_prompts
+from jaxft.errors import BatchError, ConfigError, DataError, RewardError
 from jaxft.methods.partition import leaves
 from jaxft.models.sharing import with_head
 from jaxft.models.tensors import Tensors
@@ -339,3 +340,52 @@ def test_a_plan_counts_the_base_once(place, monkeypatch):
     assert plan.optimizer_bytes == sum(x.nbytes for x in jax.tree.leaves((state.opt_state, state.critic.opt_state)))
     assert plan.total_bytes > plan.parameters_bytes + plan.optimizer_bytes
     assert (plan.rows, plan.width) == (32, 22)
+
+
+FITTING = """
+def fitting(prompts, completions, level):
+    return [0.0 if one is None else float(one) for one in level]
+"""
+
+
+def test_a_column_that_one_source_lacks_is_none_there(job, place):
+    """Also in a batch of that source alone: the function is called with it, as was checked."""
+    (place / "levels.jsonl").write_text(json.dumps({"prompt": "the end", "level": 2}) + "\n")
+    (place / "fitting.py").write_text(FITTING)
+    made = job("data.train=[rows.jsonl, levels.jsonl]", "ppo.reward=fitting.py:fitting", *SHORT)
+    drawing, rows = made.step.drawing, made.data.train
+    for part, worth in zip(rows, (0, 2), strict=True):
+        batch = collate_prompts(part.examples[:1], width=8)
+        answers = drawing.answers(drawing.draw(made.state.model, batch, jax.random.key(0)), batch)
+        assert drawing.scored(answers)[0].tolist() == [worth]
+
+
+def save_scorer(folder, model):
+    jaxft.save_model(with_head(model, ("score",)), folder, make_tokenizer())
+
+
+def test_a_reward_model_that_knows_fewer_tokens_is_refused(job, place):
+    """The tokenizer is the same, but the policy's table is padded: its last tokens are in no row of the other's."""
+    save_scorer(place / "few", jaxft.testing.tiny_llama(vocab_size=290))
+    with pytest.raises(RewardError, match=r"'few': it knows 290 tokens, and the policy draws from 300"):
+        job("ppo.reward=few")
+
+
+def test_a_reward_model_of_few_positions_is_refused_before_training(job, place):
+    save_scorer(place / "brief", jaxft.testing.tiny_gpt2(vocab_size=300, n_positions=10))
+    with pytest.raises(BatchError, match=r"the reward model 'brief' has 10 positions, 6 of them") as refused:
+        job("ppo.reward=brief")
+    assert "rows.jsonl:2: the prompt has 5 tokens" in str(refused.value)
+
+
+def test_a_row_of_a_file_that_is_named_twice_is_told_once(job, place):
+    save_scorer(place / "brief", jaxft.testing.tiny_gpt2(vocab_size=300, n_positions=10))
+    (place / "bad.jsonl").write_text('{"prompt": ""}\n')
+    for sets, error, row in (
+        (["ppo.reward=brief", "data.eval=rows.jsonl"], BatchError, "rows.jsonl:2:"),
+        (["data.train=bad.jsonl", "data.eval=bad.jsonl"], DataError, "bad.jsonl:1:"),
+        (["ppo.reward=exact_answer", "data.train=held.jsonl"], RewardError, "held.jsonl:2:"),
+    ):
+        with pytest.raises(error) as refused:
+            job(*sets)
+        assert str(refused.value).count(row) == 1
