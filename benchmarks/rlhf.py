@@ -29,9 +29,8 @@ def main():
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     spread = None
-    print(
-        "| run | reward before | after | gain in standard deviations | KL after, nats an answer |\n|---|---|---|---|---|"
-    )
+    print("| run | reward before | after | gain in standard deviations | KL after, nats an answer |")
+    print("|---|---|---|---|---|")
     for run in runs:
         found = evaluations(run)
         steps, rewards, spreads, kl = zip(*found, strict=True)
