@@ -24,12 +24,13 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 DEAR = {  # of these tests the cases with such names are slow ones: the default run holds the law by another case
-    "test_laws": ("gpt2", "qwen2", "tied"),
-    "test_remat_jit_and_loop_agree": ("gpt2", "qwen2", "tied", "gemma3", "patterns"),
+    "test_laws": ("gpt2", "qwen2", "tied", "gemma3", "lstm", "patterns"),
+    "test_remat_jit_and_loop_agree": ("gpt2", "qwen2", "tied", "gemma3", "patterns", "layer"),
     "test_eight_devices_are_one": ("gpt2", "tensor", "bitfit", "biases"),
     "test_its_bytes_are_those_of_live_arrays": ("tensor: 2",),
     "test_a_slice_of_four_tpus": ("full",),
     "test_loss_and_gradients_are_those_of_the_rows": ("llama-full", "gpt2-lora"),
+    "test_the_loss_of_any_bucket_is_the_loss_row_by_row": ("tiny_llama",),
     "test_any_optimiser_of_optax": ("noisy", "schedule-free", "lookahead"),
 }
 

@@ -23,5 +23,5 @@ def test_nearest_names():
 
 def test_one_family():
     kinds = [getattr(jaxft, name) for name in jaxft.__all__ if name.endswith("Error")]
-    assert len(kinds) == 12
+    assert len(kinds) == 13
     assert all(issubclass(kind, jaxft.JaxftError) and issubclass(kind, ValueError) for kind in kinds)

@@ -57,6 +57,7 @@ def test_its_rows_come_out_the_same_and_none_is_held_out_and_trained():
     assert not asked(train) & asked(held_out)
 
 
+@pytest.mark.slow
 def test_its_first_steps(tmp_path, monkeypatch, capsys):
     """The embedded model loads, is asked, and learns: two steps, eight held-out rows."""
     monkeypatch.chdir(ROOT)

@@ -100,6 +100,7 @@ def test_the_first_is_active_and_the_second_waits(folder):
         jaxft.load_adapter(model, folder, name="a")
 
 
+@pytest.mark.slow
 def test_loading_a_second_changes_nothing_about_the_first(tmp_path):
     """Heads included, in either order."""
     ids, outs = token_batch()["input_ids"], {}

@@ -88,6 +88,7 @@ def total(model, weights, rows):
     return jax.jit(jax.value_and_grad(loss))(part, rest)
 
 
+@pytest.mark.slow
 def test_rows_give_the_gradients_of_each_alone(three):
     """All low-rank products as one, beside each row by itself with its adapter alone."""
     three = jaxft.set_adapter(three, "a")

@@ -141,6 +141,7 @@ def test_the_dropout_of_an_earlier_run_is_off(place, run, form):
     assert (abs(first - np.log(2)) < 1e-6) == (form != "asked")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(done, run, place, monkeypatch):
     """The reference is made of what the run began with, not of what the checkpoint holds."""
     save = Checkpoints.save

@@ -134,6 +134,7 @@ def test_evaluate_gives_the_figures_of_the_run(done, run):
     assert code == 0 and figures == pytest.approx(summary, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(done, run, place, monkeypatch):
     save = Checkpoints.save
 
