@@ -58,6 +58,20 @@ def tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture(scope="module")
+def done(place, request):
+    """A finished run, of the config in the `place` of a module that its `FILE` names."""
+    from jaxft import cli
+
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        cli.train(getattr(request.module, "FILE", "c.yaml"), output="done")
+    finally:
+        os.chdir(before)
+    return place / "done"
+
+
 @pytest.fixture
 def run(place, monkeypatch, capsys):
     """Return a function that runs a command in the `place` of a test: exit code, stdout, stderr."""

@@ -1,7 +1,6 @@
 """Direct preference optimisation from a config to a run: what the policy is compared with, at every step."""
 
 import json
-import os
 
 import jax
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from texts import make_tokenizer
 
 import jaxft
-from jaxft import cli
 from jaxft.config import load_config
 from jaxft.models.tensors import Tensors
 from jaxft.parallel import make_mesh
@@ -43,6 +41,9 @@ def jsonl(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+FILE = "dpo.yaml"  # what `done` trains
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp("place")
@@ -54,18 +55,6 @@ def place(tmp_path_factory):
     (where / "over.yaml").write_text(CONFIG.replace("path: base", "path: sft"))
     (where / "sft.yaml").write_text(SFT)
     return where
-
-
-@pytest.fixture(scope="module")
-def done(place):
-    """A finished run."""
-    before = os.getcwd()
-    os.chdir(place)
-    try:
-        cli.train("dpo.yaml", output="done")
-    finally:
-        os.chdir(before)
-    return place / "done"
 
 
 def summary(folder):

@@ -1,7 +1,6 @@
 """GRPO from a config to a finished run: it learns what is rewarded, and nothing where nothing is; it goes on."""
 
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ import pytest
 from texts import make_tokenizer
 
 import jaxft
-from jaxft import cli
 from jaxft.config import load_config
 from jaxft.data import numbered
 from jaxft.errors import ConfigError
@@ -63,18 +61,6 @@ def place(tmp_path_factory):
     (where / "mine.py").write_text(REWARDS)
     (where / "c.yaml").write_text(CONFIG)
     return where
-
-
-@pytest.fixture(scope="module")
-def done(place):
-    """A finished run."""
-    before = os.getcwd()
-    os.chdir(place)
-    try:
-        cli.train("c.yaml", output="done")
-    finally:
-        os.chdir(before)
-    return place / "done"
 
 
 def logged(folder):

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 from itertools import pairwise
 
 import jax
@@ -12,7 +11,6 @@ import pytest
 from texts import make_tokenizer
 
 import jaxft
-from jaxft import cli
 from jaxft.config import load_config
 from jaxft.data.prompts import collate_prompts
 from jaxft.errors import BatchError, ConfigError, DataError, RewardError
@@ -67,18 +65,6 @@ def place(tmp_path_factory):
     (where / "reward" / "config.yaml").write_text(REWARD)
     (where / "reward" / "summary.json").write_text("{}")
     return where
-
-
-@pytest.fixture(scope="module")
-def done(place):
-    """A finished run."""
-    before = os.getcwd()
-    os.chdir(place)
-    try:
-        cli.train("c.yaml", output="done")
-    finally:
-        os.chdir(before)
-    return place / "done"
 
 
 @pytest.fixture

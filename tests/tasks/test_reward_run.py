@@ -1,7 +1,6 @@
 """A reward model from a config to a run: what is measured, what it is saved as, and what it is made of."""
 
 import json
-import os
 
 import jax
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from texts import make_tokenizer
 
 import jaxft
-from jaxft import cli
 from jaxft.config import load_config
 from jaxft.losses.comparisons import answer_scores, make_reward_loss
 from jaxft.models.hub import fresh_model
@@ -40,6 +38,9 @@ def jsonl(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+FILE = "reward.yaml"  # what `done` trains
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp("place")
@@ -49,18 +50,6 @@ def place(tmp_path_factory):
     jsonl(where / "lists.jsonl", LISTS)
     (where / "reward.yaml").write_text(CONFIG)
     return where
-
-
-@pytest.fixture(scope="module")
-def done(place):
-    """A finished run."""
-    before = os.getcwd()
-    os.chdir(place)
-    try:
-        cli.train("reward.yaml", output="done")
-    finally:
-        os.chdir(before)
-    return place / "done"
 
 
 def summary(folder):

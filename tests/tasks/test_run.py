@@ -8,7 +8,6 @@ import pytest
 from texts import CHATML, make_tokenizer
 
 import jaxft
-from jaxft import cli
 from jaxft.models.tensors import Tensors
 from jaxft.train.checkpoint import Checkpoints
 
@@ -43,20 +42,6 @@ def place(tmp_path_factory):
     jsonl(where / "held.jsonl", ROWS[:3])
     (where / "c.yaml").write_text(CONFIG)
     return where
-
-
-@pytest.fixture(scope="module")
-def done(place):
-    """A finished run."""
-    import os
-
-    before = os.getcwd()
-    os.chdir(place)
-    try:
-        cli.train("c.yaml", output="done")
-    finally:
-        os.chdir(before)
-    return place / "done"
 
 
 def logged(folder):
