@@ -1,6 +1,6 @@
 """Few examples a class: cross-entropy alone against SupCon first and the head after it, with the same steps in all.
 
-    python benchmarks/banking77.py MODEL DATA OUT [--shots 8 16 32] [--seeds 0 1 2] [--steps 300] [--rows N]
+    python benchmarks/banking77.py MODEL DATA OUT [--shots 8 16 32] [--seeds 0 1 2] [--steps 300] [--batch 64] [--rows N]
 
 MODEL is a sentence encoder's folder, DATA holds train.csv and test.csv with the columns text and category.
 """
@@ -32,7 +32,7 @@ def sample(data, out, shots, seed):
     return target
 
 
-def run(model, train, data, out, name, seed, steps, first, rows):
+def run(model, train, data, out, name, seed, steps, first, batch, rows):
     source = "{{path: {}, columns: {{label: category}}}}"
     config = f"""task: classify
 model: {{path: {json.dumps(str(model))}, pooling: mean}}
@@ -40,7 +40,7 @@ method: {{name: lora, r: 16, alpha: 32, target_modules: all-linear}}
 data: {{format: labelled, max_length: 64, train: {source.format(train)}, eval: {source.format(data / "test.csv")}}}
 classify: {{contrastive_steps: {first}, temperature: 0.1}}
 optimizer: {{learning_rate: 1e-3, schedule: linear, warmup_steps: {steps // 10}}}
-train: {{steps: {steps}, batch_size: 64, seed: {seed}, log_every: 25}}
+train: {{steps: {steps}, batch_size: {batch}, seed: {seed}, log_every: 25}}
 evaluation: {{batch_size: 128, rows: {rows or "null"}}}
 output: {out}/{name}
 """
@@ -57,6 +57,7 @@ def main():
     parser.add_argument("--shots", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rows", type=int, help="test rows, at even distances; all by default")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -67,9 +68,8 @@ def main():
             train = sample(given.data, given.out, shots, seed)
             for kind, first in (("cross-entropy", 0), ("supcon", given.steps // 2)):
                 name = f"{kind}-{shots}-{seed}"
-                found[kind].append(
-                    run(given.model, train, given.data, given.out, name, seed, given.steps, first, given.rows)
-                )
+                how = seed, given.steps, first, given.batch, given.rows
+                found[kind].append(run(given.model, train, given.data, given.out, name, *how))
         for kind, values in found.items():
             each = ", ".join(f"{100 * v:.1f}" for v in values)
             print(f"{shots} a class, {kind:14} {100 * statistics.mean(values):.2f} % ({each})", flush=True)

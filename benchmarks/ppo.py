@@ -1,4 +1,4 @@
-"""Seconds per iteration of PPO (answers, scores, updates), jaxft beside trl 1.12's PPOTrainer, on a CPU.
+"""Seconds per iteration of PPO (answers, scores, updates), jaxft beside trl 1.12's PPOTrainer, on one device.
 
     JAX_PLATFORMS=cpu python benchmarks/ppo.py MODEL PROMPTS.jsonl OUT [--rows 64] [--new 48] [--iterations 6]
 
@@ -92,7 +92,7 @@ def main():
     read = transformers.AutoModelForSequenceClassification.from_pretrained
     reward, value = (read(args.out / "reward", dtype=torch.float32) for _ in range(2))
     options = PPOConfig(
-        tempfile.mkdtemp(), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+        tempfile.mkdtemp(), report_to="none", use_cpu=jax.default_backend() == "cpu", bf16=False, gradient_checkpointing=False, disable_tqdm=True,
         per_device_train_batch_size=args.rows, gradient_accumulation_steps=1, num_mini_batches=1, num_ppo_epochs=4,
         total_episodes=args.rows * (args.iterations + 1), response_length=args.new, temperature=1.0, stop_token=None,
         num_sample_generations=0, save_strategy="no", logging_steps=1, learning_rate=3e-6,

@@ -57,7 +57,8 @@ def theirs(model, data, seed, epochs):
 
     integration.check_peft_version = lambda **_: None  # transformers asks for a newer peft than there is; this one does
     torch.manual_seed(seed)
-    st = SentenceTransformer(str(model), device="cpu")
+    device = "cuda" if torch.cuda.is_available() and os.environ["JAX_PLATFORMS"] != "cpu" else "cpu"
+    st = SentenceTransformer(str(model), device=device)
     st.max_seq_length = 128
 
     def figures():
@@ -82,8 +83,9 @@ def theirs(model, data, seed, epochs):
     for n in range(steps):
         picked = [train[i] for i in order[n * BATCH : (n + 1) * BATCH]]
         features = [st.tokenize([row[i] for row in picked]) for i in (0, 1)]
+        features = [{n: x.to(device) for n, x in each.items() if hasattr(x, "to")} for each in features]
         optimizer.zero_grad()
-        loss(features, torch.tensor([row[2] / 5 for row in picked])).backward()
+        loss(features, torch.tensor([row[2] / 5 for row in picked], device=device)).backward()
         optimizer.step()
         schedule.step()
     seconds = time.perf_counter() - began

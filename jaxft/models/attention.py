@@ -5,6 +5,8 @@ Shapes: B rows, H query heads, K key/value heads (H a multiple of K), T queries,
 
 import dataclasses
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from .layers import dropout
 from .seams import Past
 
 MASKED = -1e30  # finite, so that a query that sees nothing (a left pad) stays finite
+BLOCKS = 4  # of queries in causal attention, each with the keys up to its own last
+FEWEST = 64  # queries that are worth it
 
 
 def attend(
@@ -26,6 +30,7 @@ def attend(
     rate: float = 0.0,
     key: jax.Array | None = None,
     past: Past | None = None,
+    causal: bool = False,
     platform: str | None = None,
 ) -> jax.Array:
     """Return `softmax(scale q k^T) v` over the keys that the mask allows, and over those that stand before them.
@@ -41,6 +46,8 @@ def attend(
         key: Dropout key.
         past: One layer's virtual places: a place of weight w counts as w equal ones would. Where all weigh 0 the
             result is, to the bit, that without them.
+        causal: Promise that the mask lets no query see a key after its own place, where there are as many keys as
+            queries. What cannot be seen is then left out, most of it.
         platform: Kind of device that is compiled for; None: the default one.
 
     Returns:
@@ -49,7 +56,8 @@ def attend(
     drops = key is not None and rate > 0
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return heads_first(q, k, v, mask, scale=scale, softcap=softcap, rate=rate, key=key, past=past)
+        kernel = in_blocks if causal and q.shape[2] == k.shape[2] >= FEWEST else heads_first
+        return kernel(q, k, v, mask, scale=scale, softcap=softcap, rate=rate, key=key, past=past)
 
     def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
@@ -115,6 +123,24 @@ def heads_first(
         return (mixed / total.astype(v.dtype)).reshape(b, h, t, e)
 
     return attention(q, k, v, past)
+
+
+def in_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, key: jax.Array | None, past: Past | None, **options: Any
+) -> jax.Array:
+    """Causal attention, block by block of queries over the keys up to the block's last: 5/8 of the scores, in four.
+
+    The rest is masked, so the numbers are those of `heads_first`, whose arguments these are.
+    """
+    cuts = [round(i * q.shape[2] / BLOCKS) for i in range(BLOCKS + 1)]
+    parts = []
+    for n, (a, b) in enumerate(pairwise(cuts)):
+        before, own = past, None if key is None else jax.random.fold_in(key, n)
+        if before is not None and before.weight.shape[1] > 1:
+            before = dataclasses.replace(before, weight=before.weight[:, a:b])
+        seen = mask[:, :, a:b, :b] if mask.shape[2] > 1 else mask[..., :b]
+        parts.append(heads_first(q[:, :, a:b], k[:, :, :b], v[:, :, :b], seen, key=own, past=before, **options))
+    return jnp.concatenate(parts, 2)
 
 
 def log_weight(past: Past) -> jax.Array:

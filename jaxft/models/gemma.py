@@ -144,7 +144,7 @@ class Gemma2Attention(LlamaAttention):
         c, key = self.config, ctx.key_for(PROBABILITIES)
         scores: dict[str, Any] = {"scale": c.query_pre_attn_scalar**-0.5, "softcap": c.attn_logit_softcapping}
         drops: dict[str, Any] = {"rate": c.attention_dropout, "key": key}
-        return attend(q, k, v, mask, **scores, **drops, past=ctx.past, platform=ctx.platform)
+        return attend(q, k, v, mask, **scores, **drops, past=ctx.past, causal=True, platform=ctx.platform)
 
 
 class Gemma3Attention(Gemma2Attention):

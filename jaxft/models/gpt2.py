@@ -82,7 +82,7 @@ class GPT2Attention(nnx.Module):
         if cache is not None:
             cache, k, v = cache.write(ctx.layer, k, v)
         drops: dict[str, Any] = {"rate": c.attn_pdrop, "key": ctx.key_for(PROBABILITIES)}
-        out = attend(q, k, v, ctx.mask, **drops, past=ctx.past, platform=ctx.platform)
+        out = attend(q, k, v, ctx.mask, **drops, past=ctx.past, causal=True, platform=ctx.platform)
         return self.c_proj(out.swapaxes(1, 2).reshape(b, t, d), ctx), cache
 
 

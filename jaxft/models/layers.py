@@ -58,7 +58,11 @@ def dot(x: jax.Array, kernel: Any) -> jax.Array:
         x: `[..., in]`.
         kernel: `[in, out]`, or `[B, in, out]` where each row of the batch has its own.
     """
-    return x @ kernel.astype(x.dtype)
+    kernel = kernel.astype(x.dtype)
+    if kernel.ndim > 2:
+        return x @ kernel
+    # As a plain matrix product: XLA on a CPU forms the kernel's gradient up to five times as fast over one axis as over two.
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
 class Linear(nnx.Module):

@@ -98,7 +98,7 @@ class LlamaAttention(nnx.Module):
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, ctx: Context) -> jax.Array:
         """Mix the values, as the family scales the scores."""
         rate, key = self.config.attention_dropout, ctx.key_for(PROBABILITIES)
-        return attend(q, k, v, mask, rate=rate, key=key, past=ctx.past, platform=ctx.platform)
+        return attend(q, k, v, mask, rate=rate, key=key, past=ctx.past, causal=True, platform=ctx.platform)
 
 
 class LlamaMLP(nnx.Module):

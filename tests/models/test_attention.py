@@ -1,11 +1,15 @@
 """Attention against the library's own, and positions and masks worked out by hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.flops import count_flops
 from jaxft.models.attention import attend, causal_mask, default_positions, heads_first
+from jaxft.models.seams import Past
 
 
 @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (6, 1)])
@@ -56,6 +60,47 @@ def test_the_backward_pass_keeps_no_scores():
     _, back = jax.vjp(lambda *x: heads_first(*x, causal_mask(32)), q, k, v)
     kept = [x.size for x in jax.tree.leaves(back) if hasattr(x, "size")]
     assert kept and max(kept) < 2 * 2 * 32 * 32
+
+
+def drawn(t, past):
+    """Queries, keys, values, a causal mask with holes, and virtual places that some queries see less of."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, h, t, 8)) for i, h in enumerate((4, 2, 2)))
+    mask = causal_mask(t, jnp.ones((2, t), int).at[0, 20:30].set(0)) & ~jnp.eye(t, k=-3, dtype=bool)[None, None]
+    if past is None:
+        return q, k, v, mask, None
+    pk, pv = (jax.random.normal(jax.random.key(i), (1, 2, 3, 8)) for i in (7, 8))
+    weight = jax.random.uniform(jax.random.key(9), (2, {"each": t, "one": 1}[past], 3))
+    return q, k, v, mask, Past(pk, pv, weight, jnp.zeros((2, 1), int), 3)
+
+
+@pytest.mark.parametrize("past", [None, "one", "each"])
+@pytest.mark.parametrize("t", [64, 71])
+def test_causal_attention_in_blocks_is_the_whole_one(t, past):
+    q, k, v, mask, past = drawn(t, past)
+    cotangent = jax.random.normal(jax.random.key(3), q.shape)
+    blocks, back = jax.vjp(lambda *x: attend(*x, mask, past=past, causal=True, platform="cpu"), q, k, v)
+    whole, also = jax.vjp(lambda *x: heads_first(*x, mask, past=past), q, k, v)
+    np.testing.assert_allclose(blocks, whole, atol=1e-6)
+    for a, b in zip(back(cotangent), also(cotangent), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(("t", "part"), [(64, 5 / 8), (63, 1)])
+def test_blocks_leave_out_what_is_not_seen(t, part):
+    q, k, v, mask, _ = drawn(t, None)
+    whole, causal = (
+        count_flops(jax.make_jaxpr(partial(attend, causal=c, platform="cpu"))(q, k, v, mask)) for c in (False, True)
+    )
+    assert causal == part * whole > 0
+
+
+def test_blocks_drop_each_their_own():
+    """The same key with the same shape would drop the same places of every block."""
+    v = jnp.broadcast_to(jnp.eye(64), (1, 1, 64, 64))
+    dropped = attend(0 * v, 0 * v, v, causal_mask(64), rate=0.5, key=jax.random.key(0), causal=True)[0, 0]
+    kept = np.asarray(dropped != 0)
+    assert not np.triu(kept, 1).any() and abs(kept.sum() / (64 * 65 / 2) - 0.5) < 0.05
+    assert (kept[16:32, :16] != kept[32:48, :16]).any() and (kept[32:48, :16] != kept[48:, :16]).any()
 
 
 def test_dropout_of_the_probabilities():
