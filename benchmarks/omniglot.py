@@ -1,11 +1,11 @@
 """A ViT from scratch on drawings of characters (SupCon), and how it tells characters of alphabets it has never seen.
 
-    python benchmarks/omniglot.py TRAIN.zip TEST.zip [--steps 600] [--seed 0] [--depth 4] [--dim 96]
+    python benchmarks/omniglot.py TRAIN.zip TEST.zip [--steps 3000] [--seed 0] [--depth 4] [--dim 96]
 
 The archives hold ALPHABET/characterNN/XXXX_DRAWER.png. The characters of TRAIN, and these turned by 90, 180 and 270
 degrees, are the classes. Of the alphabets that are in TEST alone each drawing by drawers 11 to 20 is given the
 character of the nearest drawing by drawers 1 to 10 (cosine): by raw pixels, by the untrained network and by the
-trained one.
+trained one. A step is some 30 ms on a GPU and a second on two CPU cores; nearly all is learnt after 2,000.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("train")
     parser.add_argument("test")
-    for name, default in {"steps": 600, "seed": 0, "depth": 4, "dim": 96}.items():
+    for name, default in {"steps": 3000, "seed": 0, "depth": 4, "dim": 96}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
 

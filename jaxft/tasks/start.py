@@ -25,6 +25,7 @@ from ..train.optimizer import by_step, in_phases, make_optimizer, make_schedule
 from ..train.state import TrainState
 
 QUIET = ("reward", "dpo", "ppo", "grpo")  # tasks that have what they begin with drop nothing, unless told otherwise
+SPEAK = ("sft", "dpo", "ppo", "grpo")  # tasks that need the probability of a text
 
 
 def base_of(config: Config) -> RunFolder | None:
@@ -34,15 +35,21 @@ def base_of(config: Config) -> RunFolder | None:
 
 
 def check_speaks(config: Config) -> None:
-    """Refuse a task that needs a language model and is given the run of a reward model.
+    """Refuse a task that needs a language model and is given a classifier or the run of a reward model.
 
     Raises:
         ConfigError: It is one.
     """
+    if config.task not in SPEAK:
+        return
     run = base_of(config)
-    if run is not None and config.task in ("sft", "dpo", "ppo", "grpo") and run.config().task == "reward":
+    if run is not None:
+        other = "a reward model" if run.config().task == "reward" else ""
+    else:
+        other = "a classifier (its config.json says so)" if base_shape(config).labels else ""
+    if other:
         raise ConfigError(
-            f"model.path: {config.model.source} is a reward model, which gives no probability to an answer; "
+            f"model.path: {config.model.source} is {other}, which gives no probability to an answer; "
             f"{config.task} begins with a language model or its SFT run"
         )
 

@@ -30,6 +30,7 @@ def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float
 
     Raises:
         RunError: The config names no held-out rows.
+        ConfigError: Options that do not go together, or a base of the wrong kind.
     """
     if not config.data.eval:
         raise RunError("there are no held-out rows to evaluate on: set data.eval (--set data.eval=FILE)")
@@ -37,6 +38,8 @@ def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float
     if run is not None:  # the run is where one would begin
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(run.path)})})
     task = task_of(config, begun)
+    if run is None:
+        task.check_config()
     data = task.load_data(train=False)
     task.check_evaluation(data)
     model = task.load_model(choose_mesh(config), data)

@@ -132,6 +132,19 @@ def test_a_reward_model_is_no_language_model(done, run, place, method):
     assert code == 2 and "scores texts and writes none" in err and "TrainState" not in err
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("task", ["sft", "ppo"])
+def test_a_classifier_s_folder_is_no_language_model(run, place, task, command):
+    """Said before a row is read: the file of rows is not there."""
+    base, tokenizer = jaxft.load("base", labels=("good", "bad"))
+    jaxft.save_model(base, "classifier", tokenizer)
+    form, more = ("prompt", ["--set", "ppo={reward: length}"]) if task == "ppo" else ("prompt_completion", [])
+    sets = [f"task={task}", "model.path=classifier", f"data.format={form}", "data.train=none.jsonl"]
+    code, _, err = run(command, "reward.yaml", *(x for s in sets for x in ("--set", s)), *more)
+    expected = "model.path: classifier is a classifier (its config.json says so), which gives no probability"
+    assert (code, expected in err) == (2, True), err
+
+
 def test_options_that_do_not_go_together_are_said_at_once(run, place):
     text = CONFIG.replace("format: preference", "format: ranking") + "reward:\n  margin: 1.0\nmodle: {}\n"
     (place / "bad.yaml").write_text(text)
