@@ -1,6 +1,7 @@
 """Few examples a class: cross-entropy alone against SupCon first and the head after it, with the same steps in all.
 
-    python benchmarks/banking77.py MODEL DATA OUT [--shots 8 16 32] [--seeds 0 1 2] [--steps 300] [--batch 64] [--rows N]
+    python benchmarks/banking77.py MODEL DATA OUT [--shots 8 16 32] [--seeds 0 1 2] [--steps 300] [--batch 64]
+                                                  [--rows N]
 
 MODEL is a sentence encoder's folder, DATA holds train.csv and test.csv with the columns text and category.
 """

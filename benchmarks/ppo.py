@@ -91,8 +91,9 @@ def main():
     policy, reference = (load(args.model, dtype=torch.float32) for _ in range(2))
     read = transformers.AutoModelForSequenceClassification.from_pretrained
     reward, value = (read(args.out / "reward", dtype=torch.float32) for _ in range(2))
+    on_cpu = jax.default_backend() == "cpu"
     options = PPOConfig(
-        tempfile.mkdtemp(), report_to="none", use_cpu=jax.default_backend() == "cpu", bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+        tempfile.mkdtemp(), report_to="none", use_cpu=on_cpu, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
         per_device_train_batch_size=args.rows, gradient_accumulation_steps=1, num_mini_batches=1, num_ppo_epochs=4,
         total_episodes=args.rows * (args.iterations + 1), response_length=args.new, temperature=1.0, stop_token=None,
         num_sample_generations=0, save_strategy="no", logging_steps=1, learning_rate=3e-6,

@@ -126,7 +126,14 @@ def heads_first(
 
 
 def in_blocks(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, key: jax.Array | None, past: Past | None, **options: Any
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    key: jax.Array | None,
+    past: Past | None,
+    **options: Any,
 ) -> jax.Array:
     """Causal attention, block by block of queries over the keys up to the block's last: 5/8 of the scores, in four.
 
