@@ -93,8 +93,9 @@ def main():
     reward, value = (read(args.out / "reward", dtype=torch.float32) for _ in range(2))
     on_cpu = jax.default_backend() == "cpu"
     options = PPOConfig(
-        tempfile.mkdtemp(), report_to="none", use_cpu=on_cpu, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
-        per_device_train_batch_size=args.rows, gradient_accumulation_steps=1, num_mini_batches=1, num_ppo_epochs=4,
+        tempfile.mkdtemp(), report_to="none", use_cpu=on_cpu, bf16=False, gradient_checkpointing=False,
+        disable_tqdm=True, num_mini_batches=1, num_ppo_epochs=4,
+        per_device_train_batch_size=args.rows, gradient_accumulation_steps=1,
         total_episodes=args.rows * (args.iterations + 1), response_length=args.new, temperature=1.0, stop_token=None,
         num_sample_generations=0, save_strategy="no", logging_steps=1, learning_rate=3e-6,
         local_rollout_forward_batch_size=args.rows,

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +110,23 @@ def abstract_model(config: Any) -> Model:
 
 def fresh_model(config: Any, seed: int = 0) -> Any:
     """Return the model of a config with random parameters, in the config's dtype, on the config's mesh."""
+    model = _maker(config, config.raw, config.source)(jax.random.key(seed))
+    mark_new(model, family_of(config).heads)
+    return model
+
+
+@lru_cache(maxsize=64)
+def _maker(config: Any, raw: str, source: str) -> Any:
+    """Return the compiled draw of a config's parameters, of a key; configs that differ in these alone are equal."""
+    del raw, source
     family: Any = family_of(config)
     where = jax.tree.map(lambda s: s.sharding, abstract_model(config))
 
     @partial(jax.jit, out_shardings=where)
-    def make() -> Any:
-        return jax.tree.map(lambda x: x.astype(config.dtype), family(config, rngs=nnx.Rngs(seed)))
+    def make(key: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x.astype(config.dtype), family(config, rngs=nnx.Rngs(key)))
 
-    model = make()
-    mark_new(model, family.heads)
-    return model
+    return make
 
 
 def load_model(

@@ -61,7 +61,7 @@ def dot(x: jax.Array, kernel: Any) -> jax.Array:
     kernel = kernel.astype(x.dtype)
     if kernel.ndim > 2:
         return x @ kernel
-    # As a plain matrix product: XLA on a CPU sums a kernel's gradient up to five times as fast over one axis as over two
+    # As a plain matrix product: XLA on a CPU sums a gradient up to five times as fast over one axis as over two
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
