@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import jaxft
 
 ROOT = Path(jaxft.__file__).parent
@@ -218,7 +216,7 @@ def test_every_public_docstring_has_an_example():
 
 
 def test_import_is_light():
-    heavy = "transformers datasets orbax grain matplotlib torch huggingface_hub pydantic pyarrow PIL".split()
+    heavy = ["transformers", "datasets", "orbax", "grain", "matplotlib", "torch", "huggingface_hub", "pydantic", "pyarrow", "PIL"]
     code = f"import sys, jaxft; print(*(name for name in {heavy} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), f"import jaxft imports: {done.stdout}{done.stderr[-300:]}"
