@@ -23,7 +23,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
-DEAR = {  # of these tests the cases with such names are slow ones, with "" all: the default run holds the law elsewhere
+DEAR = {  # the cases of these tests with such names are slow ones ("": all are): the default holds the law elsewhere
     "test_laws": ("gpt2", "qwen2", "tied", "gemma3", "lstm", "patterns", "transformer"),
     "test_remat_jit_and_loop_agree": ("gpt2", "qwen2", "tied", "gemma3", "patterns", "layer"),
     "test_eight_devices_are_one": ("gpt2", "tensor", "bitfit", "biases", "lora-mixed", "full-fsdp", "layers and ranks"),
