@@ -216,7 +216,18 @@ def test_every_public_docstring_has_an_example():
 
 
 def test_import_is_light():
-    heavy = ["transformers", "datasets", "orbax", "grain", "matplotlib", "torch", "huggingface_hub", "pydantic", "pyarrow", "PIL"]
+    heavy = [
+        "transformers",
+        "datasets",
+        "orbax",
+        "grain",
+        "matplotlib",
+        "torch",
+        "huggingface_hub",
+        "pydantic",
+        "pyarrow",
+        "PIL",
+    ]
     code = f"import sys, jaxft; print(*(name for name in {heavy} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), f"import jaxft imports: {done.stdout}{done.stderr[-300:]}"
