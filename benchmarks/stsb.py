@@ -1,6 +1,6 @@
 """STS-B with LoRA: ours against sentence-transformers with the same loss, batch, steps and learning rate.
 
-    python benchmarks/stsb.py MODEL DATA OUT [--seeds 0 1 2] [--epochs 2]
+    python benchmarks/stsb.py MODEL DATA OUT [--seeds 0 1 2] [--epochs 2] [--sides ours theirs]
 
 MODEL is a sentence-transformers folder (MiniLM), DATA holds stsb-en-{train,dev,test}.csv without headers. Both train
 the same pairs in orders of their own, AdamW with linear decay after a tenth of warm-up, dropout on, CoSENT.
@@ -99,19 +99,18 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2)
+    sides = {"ours": lambda seed: ours(given.model, given.data, given.out, seed, given.epochs)}
+    sides["theirs"] = lambda seed: theirs(given.model, given.data, seed, given.epochs)
+    parser.add_argument("--sides", nargs="+", default=list(sides), choices=list(sides))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for seed in given.seeds:
-        found = {
-            "ours": ours(given.model, given.data, given.out, seed, given.epochs),
-            "sentence-transformers": theirs(given.model, given.data, seed, given.epochs),
-        }
-        for name, figures in found.items():
+        for name in given.sides:
+            figures = sides[name](seed)
             before, after = (100 * figures[when]["eval_spearman"] for when in ("before", "after"))
-            print(
-                f"seed {seed} {name:22} Spearman {before:.2f} -> {after:.2f} in {figures['seconds']:.0f} s", flush=True
-            )
+            seconds = round(figures["seconds"])
+            print(f"seed {seed} {name:6} Spearman {before:.2f} -> {after:.2f} in {seconds} s", flush=True)
 
 
 if __name__ == "__main__":
