@@ -63,9 +63,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
     draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape)
-    print(
-        "| causal attention | rows x heads x key heads x tokens x width | whole ms | blocks | ratio |\n|---|---|---|---|---|"
-    )
+    print("| attention | rows x heads x key heads x tokens x width | whole, ms | blocks, ms | ratio |", LINE, sep="\n")
     for name, (b, h, k, t, e) in ATTENTION.items():
         inputs = draw(0, b, h, t, e), draw(1, b, k, t, e), draw(2, b, k, t, e)
         mask = causal_mask(t, jnp.ones((b, t)))
