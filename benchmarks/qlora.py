@@ -50,7 +50,7 @@ def main():
             found[kind].append((*losses, seconds))
             print(f"seed {seed} {kind:9} {losses[0]:.4f} -> {losses[1]:.4f}, {1e3 * seconds:.0f} ms a step", flush=True)
     print(
-        "| base | loss before | after | after, less that over the base as it is | ratio of step times |\n|---|---|---|---|---|"
+        "| base | before | after | less that over the base as it is | ratio of step times |", "|---" * 5 + "|", sep="\n"
     )
     for kind, runs in found.items():
         before, after, _ = zip(*runs, strict=True)
