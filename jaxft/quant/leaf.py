@@ -1,0 +1,105 @@
+"""What every quantised kernel is: a pytree that stands where a kernel's array stood, and can be made an array again."""
+
+import abc
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ..errors import MethodError
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized(abc.ABC):
+    """A kernel `(*layers, in, out)` in few bits. Leading axes are the components' own, so a scan slices it.
+
+    A subclass is a frozen dataclass under `jax.tree_util.register_dataclass`, its fields arrays or static. It is no
+    array: it has a `shape`, and `dequantize` makes an array of it.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel that it stands for."""
+
+    @abc.abstractmethod
+    def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+        """Return the kernel as an array, computed in float32 and rounded to `dtype` once."""
+
+    @abc.abstractmethod
+    def axes_of(self, field: str) -> tuple[int | None, ...]:
+        """Return, for each dimension of a component, the axis of the kernel that it runs along; None: along none."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Parameters of the kernel."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the components; tables of constants are the program's."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def components(self) -> dict[str, Any]:
+        """Return the arrays that it is made of, by field."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: x for name, x in named.items() if hasattr(x, "dtype")}
+
+    def take(self, layers: tuple[int, ...]) -> Any:
+        """Return some of the layers of a stacked kernel."""
+        return jax.tree.map(lambda x: x[list(layers),], self)
+
+    def split(self, whole: NamedSharding) -> Any:
+        """Return how the components lie where a kernel lies as `whole` says: a tree of shardings.
+
+        A component is split along the kernel's axes; where it is too short to divide, each device holds it whole.
+        """
+        mesh, places = whole.mesh, (*whole.spec, *(None,) * (self.ndim - len(whole.spec)))
+
+        def lies(name: str, x: Any) -> NamedSharding:
+            found: list[Any] = []
+            for size, axis in zip(x.shape, self.axes_of(name), strict=True):
+                place = None if axis is None else places[axis]
+                parts = math.prod(mesh.shape[a] for a in ((place,) if isinstance(place, str) else place or ()))
+                found.append(place if size % parts == 0 else None)
+            while found and found[-1] is None:
+                found.pop()
+            return NamedSharding(mesh, PartitionSpec(*found))
+
+        return dataclasses.replace(self, **{name: lies(name, x) for name, x in self.components().items()})
+
+
+def is_quantized(x: Any) -> bool:
+    """Tell whether a node of a tree is a quantised kernel, where a walk over values stops."""
+    return isinstance(x, Quantized)
+
+
+def check_kernel(array: Any, function: str) -> None:
+    """Refuse what is no kernel of floats."""
+    if not hasattr(array, "shape") or len(array.shape) < 2 or 0 in array.shape:
+        shape = list(getattr(array, "shape", ()))
+        raise MethodError(f"{function}: give a kernel (in, out), or (layers, in, out); this is {shape}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise MethodError(f"{function}: a kernel of floats is expected, this is {array.dtype}")
+
+
+def check_finite(largest: jax.Array, array: Any, function: str) -> None:
+    """Refuse a kernel with values that are NaN or infinite, told by the largest magnitude of each group of them.
+
+    Inside another program there is nothing to look at, and nothing is checked.
+    """
+    if isinstance(largest, jax.core.Tracer) or bool(jnp.isfinite(largest).all()):
+        return
+    count = int((~jnp.isfinite(array)).sum())
+    raise MethodError(
+        f"{function}: {count} of {math.prod(array.shape):,} values of this kernel {list(array.shape)} are NaN or "
+        "infinite: the checkpoint is damaged, or its dtype is too narrow"
+    )
