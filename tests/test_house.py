@@ -13,6 +13,7 @@ ROOT = Path(jaxft.__file__).parent
 ROWS = [
     ["errors"],
     ["parallel"],
+    ["quant"],
     ["models"],
     ["methods"],
     ["losses"],
@@ -65,6 +66,7 @@ MODELS = [
 ]
 INSIDE = {
     "parallel": ["rules", "mesh", "topology", "__init__"],
+    "quant": ["leaf", "tables", "nf4", "int8", "product", "model", "report", "__init__"],
     "models": [*MODELS, "placement", "tensors", "sentence_folder", "hub", "sharing"],
     "methods": [
         "linear",
@@ -201,7 +203,7 @@ def test_public_names():
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
         *("PTuning", "PTuningV2", "PrefixTuning", "PromptTuning"),
         *("IA3", "save_serving", "save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
-        *("RewardError", "rewards"),
+        *("RewardError", "quant", "rewards"),
         *("add_weighted_adapter", "average_adapters", "embed", "save_sentence_transformer"),
     }
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ..models.layers import dot, dropout
 from ..models.seams import Const, Context, Delta, lift, read
+from ..quant.leaf import as_array
 from .low_rank import LowRank, per_row
 
 
@@ -39,7 +40,7 @@ class DoRA(LowRank):
     def __call__(self, linear: Any, x: jax.Array, y: jax.Array, ctx: Context, weight: jax.Array) -> jax.Array:
         """Return what the adapter adds to the output `[..., out]` of a linear layer, given its input `[..., in]`."""
         kernel: Any = ctx.kernel if linear.kernel is None else linear.kernel.get_value()
-        away = lift(self.away(kernel), y)
+        away = lift(self.away(as_array(kernel, y.dtype)), y)
         key = ctx.key_for(self.number)
         if self.rate and key is not None:
             y = dot(dropout(x, self.rate, key), kernel)

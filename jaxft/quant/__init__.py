@@ -2,6 +2,18 @@
 
 from .int8 import Int8, quantize_int8
 from .leaf import Quantized, is_quantized
+from .model import quantize
 from .nf4 import NF4, quantize_nf4
+from .report import BitsReport, bits_report
 
-__all__ = ["NF4", "Int8", "Quantized", "is_quantized", "quantize_int8", "quantize_nf4"]
+__all__ = [
+    "NF4",
+    "BitsReport",
+    "Int8",
+    "Quantized",
+    "bits_report",
+    "is_quantized",
+    "quantize",
+    "quantize_int8",
+    "quantize_nf4",
+]

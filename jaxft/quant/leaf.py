@@ -53,10 +53,6 @@ class Quantized(abc.ABC):
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: x for name, x in named.items() if hasattr(x, "dtype")}
 
-    def take(self, layers: tuple[int, ...]) -> Any:
-        """Return some of the layers of a stacked kernel."""
-        return jax.tree.map(lambda x: x[list(layers),], self)
-
     def split(self, whole: NamedSharding) -> Any:
         """Return how the components lie where a kernel lies as `whole` says: a tree of shardings.
 
@@ -80,6 +76,11 @@ class Quantized(abc.ABC):
 def is_quantized(x: Any) -> bool:
     """Tell whether a node of a tree is a quantised kernel, where a walk over values stops."""
     return isinstance(x, Quantized)
+
+
+def as_array(kernel: Any, dtype: Any) -> Any:
+    """Return a kernel that is an array as it is, a quantised one dequantised in a dtype."""
+    return kernel.dequantize(dtype) if isinstance(kernel, Quantized) else kernel
 
 
 def check_kernel(array: Any, function: str) -> None:

@@ -14,14 +14,13 @@ from .tables import NF4_VALUES, STEPS, dynamic_codes, dynamic_map, nf4_bounds
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # as the reference takes them
 NESTED = 256  # scales that share a scale of their own
-LEAST = 1e-38  # the scale of a last, shorter block of zeros, as the reference has it
 FUNCTION = "quantize_nf4"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NF4(Quantized):
-    """A kernel in NF4, its bytes those of bitsandbytes for the same tensor.
+    """A kernel in NF4, its bytes those of bitsandbytes for the same tensor (the offset to rounding).
 
     Flattened, in its own order or in the checkpoint's `(out, in)`, it is cut into blocks, and a weight is
     `value[code] * scale` with its block's scale. Where a row of that order is a number of whole blocks, the
@@ -83,10 +82,12 @@ class NF4(Quantized):
         """Return the blocks' scales in float32, in the shape of `absmax`."""
         if self.nested is None or self.offset is None:
             return self.absmax
-        lead, flat = self.lead, self.absmax.reshape(*self.lead, -1)
-        n = flat.shape[-1]
-        over = jnp.repeat(self.nested, NESTED, axis=-1)[..., :n]
-        scales = jnp.asarray(dynamic_map())[flat] * over + self.offset.reshape(*lead, 1)
+        flat = self.absmax.reshape(*self.lead, -1)
+        over = jnp.repeat(self.nested, NESTED, axis=-1)[..., : flat.shape[-1]]
+        scaled = jnp.asarray(dynamic_map())[flat] * over
+        # The selection, which selects all, keeps product and sum two roundings, as the reference has them: a compiler
+        # would make them one, inside a program and not outside.
+        scales = jnp.where(jnp.isnan(scaled), 0, scaled) + self.offset[..., None]
         return scales.reshape(self.absmax.shape)
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
@@ -148,7 +149,9 @@ def quantize_nf4(array: Any, *, block: int = 64, double: bool = True, transposed
         parts = jax.eval_shape(lambda x: _parts(x, pack, double), array)
     else:
         parts = _parts(jnp.asarray(array), pack, double)
-    return NF4(*parts, matrix=tuple(array.shape[-2:]), block=block, transposed=transposed)
+    codes, absmax, nested, offset = parts
+    rows, columns = array.shape[-2:]
+    return NF4(codes, absmax, nested, offset, (rows, columns), block, transposed)
 
 
 def _parts(array: jax.Array, pack: Any, double: bool) -> tuple[Any, Any, Any, Any]:
@@ -166,8 +169,6 @@ def _pack(array: jax.Array, block: int, transposed: bool) -> tuple[jax.Array, ja
     weights = kernel.astype(jnp.float32).reshape(*lead, n)
     blocks = _fill(weights, n + -n % block).reshape(*lead, -1, block)
     absmax = jnp.abs(blocks).max(-1)
-    if n % block:
-        absmax = absmax.at[..., -1].set(jnp.where(absmax[..., -1] < LEAST, LEAST, absmax[..., -1]))
     scaled = blocks / jnp.where(absmax == 0, 1, absmax)[..., None]
     codes = sum((scaled > bound).astype(jnp.uint8) for bound in nf4_bounds())
     codes = codes.reshape(*lead, -1)[..., : n + n % 2]

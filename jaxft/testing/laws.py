@@ -44,7 +44,7 @@ def token_batch(vocabulary: int = 64, rows: int = 3, length: int = 12, seed: int
 
 def values(tree: Any) -> dict[str, np.ndarray[Any, Any]]:
     """Return a copy on the host of every array of a tree, by path."""
-    return {path: np.array(v) for path, v in leaves(tree).items()}
+    return {f"{path}.{n}": np.array(x) for path, v in leaves(tree).items() for n, x in enumerate(jax.tree.leaves(v))}
 
 
 @partial(jax.jit, static_argnums=0)
