@@ -67,7 +67,7 @@ MODELS = [
 INSIDE = {
     "parallel": ["rules", "mesh", "topology", "__init__"],
     "quant": ["leaf", "tables", "nf4", "int8", "product", "model", "report", "__init__"],
-    "models": [*MODELS, "placement", "tensors", "sentence_folder", "hub", "sharing"],
+    "models": [*MODELS, "placement", "tensors", "packed", "ways", "assemble", "sentence_folder", "hub", "sharing"],
     "methods": [
         "linear",
         "stacking",
