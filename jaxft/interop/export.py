@@ -14,7 +14,7 @@ from ..methods.method import adapters
 from ..models.base import Model
 from ..models.config import HEAD_POOLING, OUR_TYPE
 from ..models.heads import LastTokenClassifier
-from ..models.hub import abstract_model
+from ..models.hub import whole_shapes
 from ..models.names import LEAF_NAMES, Named, parameters, renamed
 from ..models.packed import declaration, expresses, pack
 from ..models.tensors import replacing, write_tensors
@@ -98,7 +98,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
 
 def _refuse_unreadable(model: Model, names: set[str]) -> None:
     """Refuse leaves that a reader of the folder, ours or transformers, would not look for."""
-    like = abstract_model(model.config_class.from_raw(_config(model)))
+    like = whole_shapes(model.config_class.from_raw(_config(model)))
     readable = {f"{name}.{LEAF_NAMES[leaf]}" for named, leaf, _ in parameters(like) for name in named.names}
     refuse(
         MethodError,

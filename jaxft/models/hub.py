@@ -104,8 +104,22 @@ def family_of(config: Any) -> type[Model]:
     return family
 
 
-def abstract_model(config: Any) -> Model:
-    """Return the model of a config with shapes for arrays: no memory, no weights."""
+def abstract_model(config: Any, quantize: str | None = None) -> Model:
+    """Return the model of a config with shapes for arrays: no memory, no weights.
+
+    Args:
+        config: The config. Where its `config.json` says that kernels are quantised, these are.
+        quantize: `"nf4"` or `"int8"`: quantise them so, where they are not yet.
+    """
+    model, raw = whole_shapes(config), json.loads(config.raw)
+    if "quantization_config" in raw:
+        as_packed(model, ways_declared(model, raw), config.source)
+        return place(model)
+    return model if quantize is None else quantized(model, quantize)
+
+
+def whole_shapes(config: Any) -> Model:
+    """Return the model of a config with shapes for arrays, nothing of it quantised."""
     family: Any = family_of(config)
     model = jax.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
     shaped = lambda s: jax.ShapeDtypeStruct(s.shape, config.dtype)  # noqa: E731
@@ -115,7 +129,7 @@ def abstract_model(config: Any) -> Model:
 def fresh_model(config: Any, seed: int = 0) -> Any:
     """Return the model of a config with random parameters, in the config's dtype, on the config's mesh."""
     family: Any = family_of(config)
-    where = jax.tree.map(lambda s: s.sharding, abstract_model(config))
+    where = jax.tree.map(lambda s: s.sharding, whole_shapes(config))
 
     @partial(jax.jit, out_shardings=where)
     def make() -> Any:
@@ -153,18 +167,13 @@ def load_model(
     if there and config.labels and not kept:
         log.warning("%s: its head for %s is discarded for a new one for %s", folder, list(there), list(config.labels))
     if abstract:
-        model = abstract_model(config)
-        if said is not None:
-            as_packed(model, ways_declared(model, raw), folder)
-        elif quantize is not None:
-            model = quantized(model, quantize)
-        model = place(model)
+        model = abstract_model(config, quantize)
         mark_new(model, () if kept else tuple(path for path in model.heads if not path.startswith(f"{model.prefix}.")))
         return model
     cls = (raw.get("architectures") or ["AutoModel"])[0]  # which keeps the checkpoint's own head
     with Tensors(at, convert=CONVERT.replace("AutoModel", str(cls))) as tensors:
         tensors.packed = fold(tensors, said)
-        model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
+        model = whole_shapes(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
         if tensors.packed:
             as_packed(model, ways_on_disk(tensors, disk_names(model, tensors)), folder)
             model = place(model)
