@@ -27,7 +27,6 @@ from ..train.evaluate import prefixed
 from .registry import task_of
 from .start import base_folder, base_of, choose_mesh
 
-
 log = logging.getLogger("jaxft")
 
 
