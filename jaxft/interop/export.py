@@ -16,6 +16,7 @@ from ..models.heads import LastTokenClassifier
 from ..models.hub import abstract_model
 from ..models.names import LEAF_NAMES, Named, parameters, renamed
 from ..models.tensors import replacing, write_tensors
+from ..quant.leaf import has_quantized
 from .padding import padding_of, padding_with
 
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -42,7 +43,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
         The folder.
 
     Raises:
-        MethodError: The model carries adapters.
+        MethodError: The model carries adapters, or quantised kernels.
 
     >>> import jaxft, tempfile
     >>> sorted(p.name for p in jaxft.save_model(jaxft.testing.tiny_llama(), tempfile.mkdtemp()).iterdir())
@@ -54,6 +55,10 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
     if adapters(model):
         raise MethodError(
             f"the model carries adapters ({', '.join(adapters(model))}): jaxft.merge(model) folds them in"
+        )
+    if has_quantized(model):
+        raise MethodError(
+            "save_model writes arrays, and this model has quantised kernels: jaxft.quant.dequantize(model)"
         )
     places = {
         f"{name}.{LEAF_NAMES[leaf]}": (named, leaf, variable, i)
