@@ -66,7 +66,7 @@ MODELS = [
 ]
 INSIDE = {
     "parallel": ["rules", "mesh", "topology", "__init__"],
-    "quant": ["leaf", "tables", "nf4", "int8", "product", "model", "report", "__init__"],
+    "quant": ["leaf", "tables", "halves", "nf4", "int8", "product", "model", "report", "__init__"],
     "models": [*MODELS, "placement", "tensors", "packed", "ways", "assemble", "sentence_folder", "hub", "sharing"],
     "methods": [
         "linear",
@@ -136,7 +136,7 @@ INSIDE = {
     ],
     "testing": ["tiny", "laws", "__init__"],
 }
-INSIDE["methods"] += ["report", "merge", "average", "combine", "weighted"]
+INSIDE["methods"] += ["report", "lost", "merge", "average", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
 INSIDE["interop"] += ["export", "sentence_transformers", "__init__"]
 INSIDE["data"] += ["labels", "columns", "prompts", "preference"]

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from ..models.layers import dot, dropout
 from ..models.seams import Const, Context, Delta, lift, read
-from ..quant.leaf import as_array
 from .low_rank import LowRank, per_row
 
 
@@ -40,7 +39,7 @@ class DoRA(LowRank):
     def __call__(self, linear: Any, x: jax.Array, y: jax.Array, ctx: Context, weight: jax.Array) -> jax.Array:
         """Return what the adapter adds to the output `[..., out]` of a linear layer, given its input `[..., in]`."""
         kernel: Any = ctx.kernel if linear.kernel is None else linear.kernel.get_value()
-        away = lift(self.away(as_array(kernel, y.dtype)), y)
+        away = lift(self.away(kernel), y)
         key = ctx.key_for(self.number)
         if self.rate and key is not None:
             y = dot(dropout(x, self.rate, key), kernel)
@@ -49,12 +48,12 @@ class DoRA(LowRank):
         turned = super().__call__(linear, x, y, ctx, weight).astype(jnp.float32)
         return (per_row(weight, y) * away * y.astype(jnp.float32) + (1 + away) * turned).astype(y.dtype)
 
-    def away(self, kernel: jax.Array) -> jax.Array:
+    def away(self, kernel: Any) -> jax.Array:
         """Return `m / |V| - 1`, `(*lead, out)`: exactly 0 while A B is 0 and m as it was."""
         norm = jax.lax.stop_gradient(self.full_norm(kernel))
         return (self.magnitude.get_value() - norm) / jnp.where(norm == 0, 1, norm)
 
-    def full_norm(self, kernel: jax.Array) -> jax.Array:
+    def full_norm(self, kernel: Any) -> jax.Array:
         """Return `|W + s A B|` for each output, `(*lead, out)`, in float32."""
         a, b, gate = self.factors()
         a = a * gate[..., None, :]
@@ -63,7 +62,8 @@ class DoRA(LowRank):
         def inner(by: jax.Array) -> jax.Array:
             return jnp.sum(b * by, -2)
 
-        overlap = jnp.matmul(across, kernel.astype(jnp.float32), precision="highest")
+        with jax.default_matmul_precision("highest"):
+            overlap = dot(across, kernel)
         own = jnp.matmul(jnp.matmul(across, a, precision="highest"), b, precision="highest")
         change, norm = 2 * inner(overlap) + inner(own), self.norm.get_value()
         return jnp.where(change == 0, norm, jnp.sqrt(jnp.maximum(jnp.square(norm) + change, 0)))

@@ -2,7 +2,7 @@
 
 from .int8 import Int8, quantize_int8
 from .leaf import Quantized, is_quantized
-from .model import quantize
+from .model import dequantize, quantize
 from .nf4 import NF4, quantize_nf4
 from .report import BitsReport, bits_report
 
@@ -12,6 +12,7 @@ __all__ = [
     "Int8",
     "Quantized",
     "bits_report",
+    "dequantize",
     "is_quantized",
     "quantize",
     "quantize_int8",

@@ -33,6 +33,14 @@ class Quantized(abc.ABC):
     def axes_of(self, field: str) -> tuple[int | None, ...]:
         """Return, for each dimension of a component, the axis of the kernel that it runs along; None: along none."""
 
+    def times(self, x: jax.Array) -> jax.Array:
+        """Return `x kernel`, `[n, out]`, of `[n, in]` and a kernel without layers, in the dtype of `x`."""
+        return x @ self.dequantize(x.dtype)
+
+    def times_transposed(self, x: jax.Array) -> jax.Array:
+        """Return `x kernel^T`, `[n, in]`, of `[n, out]` and a kernel without layers, in the dtype of `x`."""
+        return x @ self.dequantize(x.dtype).T
+
     @property
     def ndim(self) -> int:
         """Number of axes of the kernel."""
@@ -76,6 +84,11 @@ class Quantized(abc.ABC):
 def is_quantized(x: Any) -> bool:
     """Tell whether a node of a tree is a quantised kernel, where a walk over values stops."""
     return isinstance(x, Quantized)
+
+
+def has_quantized(tree: Any) -> bool:
+    """Tell whether any leaf of a tree is a quantised kernel."""
+    return any(map(is_quantized, jax.tree.leaves(tree, is_leaf=is_quantized)))
 
 
 def as_array(kernel: Any, dtype: Any) -> Any:

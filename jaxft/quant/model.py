@@ -71,6 +71,25 @@ def quantize(model: Any, kind: str = "nf4", *, skip: Sequence[str] = ()) -> Any:
     return fresh
 
 
+def dequantize(model: Any) -> Any:
+    """Return a new model with arrays for its quantised kernels, in its dtype: it computes the same, to rounding.
+
+    >>> import jaxft
+    >>> small = quantize(jaxft.testing.tiny_llama(), "int8")
+    >>> dequantize(small).model.layers.mlp.up_proj.kernel.get_value().dtype
+    dtype('float32')
+    """
+
+    def whole(x: Any) -> Any:
+        if not is_quantized(x):
+            return x
+        if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(x)):
+            return jax.eval_shape(lambda leaf: leaf.dequantize(model.dtype), x)
+        return x.dequantize(model.dtype)
+
+    return jax.tree.map(whole, model, is_leaf=is_quantized)
+
+
 def quantized(kernel: Any, kind: str) -> Quantized:
     """Return a kernel in few bits, on the devices on which it lies, or the shapes of it."""
     leaf, where = KINDS[kind](kernel), getattr(kernel, "sharding", None)

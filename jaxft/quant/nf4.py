@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import MethodError
+from .halves import over_columns, over_rows
 from .leaf import Quantized, check_finite, check_kernel
-from .tables import NF4_VALUES, STEPS, dynamic_codes, dynamic_map, nf4_bounds
+from .tables import STEPS, dynamic_codes, dynamic_map, nf4_bounds, value_of
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # as the reference takes them
 NESTED = 256  # scales that share a scale of their own
@@ -105,18 +106,27 @@ class NF4(Quantized):
         kernel = weights.reshape(*self.lead, -1)[..., : math.prod(self.matrix)].reshape(*self.lead, *self.rows)
         return jnp.swapaxes(kernel, -1, -2) if self.transposed else kernel
 
+    def times(self, x: jax.Array) -> jax.Array:
+        """Return `x kernel`, of `[n, in]` and one matrix; on a TPU without putting the kernel in order."""
+        if self.flat:
+            return super().times(x)
+        apart = over_columns if self.transposed else over_rows
+        return jax.lax.platform_dependent(x, self, tpu=apart, default=_times)
 
-def value_of(codes: jax.Array) -> jax.Array:
-    """Return the value of each code in float32: selected bit by bit, since no processor is fast at looking up.
+    def times_transposed(self, x: jax.Array) -> jax.Array:
+        """Return `x kernel^T`, of `[n, out]` and one matrix; on a TPU without putting the kernel in order."""
+        if self.flat:
+            return super().times_transposed(x)
+        apart = over_rows if self.transposed else over_columns
+        return jax.lax.platform_dependent(x, self, tpu=apart, default=_times_transposed)
 
-    >>> value_of(jnp.array([0, 7, 15], jnp.uint8))
-    Array([-1.,  0.,  1.], dtype=float32)
-    """
-    level: list[Any] = [jnp.float32(value) for value in NF4_VALUES]
-    for bit in (1, 2, 4, 8):
-        on = (codes & bit) != 0
-        level = [jnp.where(on, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
-    return level[0]
+
+def _times(x: jax.Array, leaf: Quantized) -> jax.Array:
+    return Quantized.times(leaf, x)
+
+
+def _times_transposed(x: jax.Array, leaf: Quantized) -> jax.Array:
+    return Quantized.times_transposed(leaf, x)
 
 
 def quantize_nf4(array: Any, *, block: int = 64, double: bool = True, transposed: bool = False) -> NF4:

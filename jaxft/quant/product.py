@@ -19,7 +19,7 @@ def product(x: jax.Array, kernel: Quantized) -> jax.Array:
     Returns:
         `[..., out]`.
     """
-    return (x.reshape(-1, x.shape[-1]) @ kernel.dequantize(x.dtype)).reshape(*x.shape[:-1], -1)
+    return kernel.times(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 def _forward(x: jax.Array, kernel: Quantized) -> tuple[jax.Array, Quantized]:
@@ -27,8 +27,7 @@ def _forward(x: jax.Array, kernel: Quantized) -> tuple[jax.Array, Quantized]:
 
 
 def _backward(kernel: Quantized, dy: jax.Array) -> tuple[jax.Array, None]:
-    rows = dy.reshape(-1, dy.shape[-1])
-    return (rows @ kernel.dequantize(dy.dtype).T).reshape(*dy.shape[:-1], -1), None
+    return kernel.times_transposed(dy.reshape(-1, dy.shape[-1])).reshape(*dy.shape[:-1], -1), None
 
 
 product.defvjp(_forward, _backward)

@@ -18,10 +18,9 @@ from ..interop.serving import save_serving
 from ..loading import load
 from ..methods.merge import merge
 from ..methods.method import adapters
-from ..methods.partition import leaves
 from ..methods.switch import set_adapter
 from ..models.sentence_folder import read_sentence_folder
-from ..quant import is_quantized
+from ..quant.leaf import has_quantized
 from ..run import RunFolder
 from ..train.evaluate import prefixed
 from .registry import task_of
@@ -116,7 +115,7 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
     if form in ("merged", "sentence-transformers"):
         whole = model
         if adapters(model):
-            if any(map(is_quantized, leaves(model).values())):
+            if has_quantized(model):
                 log.warning(
                     "%s: the base is quantised: merging into its dequantised kernels, not the checkpoint's", run.path
                 )
