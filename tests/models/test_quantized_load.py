@@ -1,7 +1,10 @@
 """Loading with the kernels as 4 or 8 bits: the values, the memory, files there and back, and what is refused."""
 
 import json
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -244,3 +247,17 @@ def test_infinities_are_named(kind, folder):
 
     rewrite(folder, change)
     refused(folder, r"q_proj.weight has 1 values that are NaN or infinite", quantize=kind)
+
+
+@pytest.mark.slow
+def test_a_gigabyte_is_never_in_memory():
+    """The benchmark's own figures: anonymous memory at its peak is what is kept, and little beside it."""
+    script = Path(__file__).parents[2] / "benchmarks" / "load_memory.py"
+    done = subprocess.run([sys.executable, script, "--quantize"], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["bfloat16", "int8", "nf4", "nf4", "nf4, again"]
+    whole = float(rows[0][2])
+    assert whole >= 1.0
+    for _, _, model, peak, *_ in rows[1:]:
+        assert float(peak) < float(model) + 0.3 < whole
