@@ -1,5 +1,6 @@
 """`jaxft.load`: a folder, hub id or run folder in, a model and its tokenizer out."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from .data.pixels import ImageProcessor, read_processor
 from .errors import CheckpointError, RunError
 from .interop.folder import load_adapter, read_labels
 from .methods.method import adapters, copy_tree, detach
+from .methods.partition import leaves
 from .methods.switch import set_adapter
 from .models.base import Model
 from .models.hub import load_model, read_config, resolve
+from .models.packed import declared
 from .models.sentence_folder import read_sentence_folder
 from .models.sharing import with_head
 from .models.tensors import read_json
+from .quant import NF4, Int8
 from .run import RunFolder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -138,6 +142,21 @@ def root_folder(path: str | Path) -> Path:
     while at.started and not at.model.is_dir():
         at = RunFolder(at.config().model.source)  # the adapter's base may be a run too
     return at.model if at.started else resolve(at.path)
+
+
+def bits_of(run: RunFolder) -> str | None:
+    """Return how the kernels are quantised over which a run's adapter was trained: `"nf4"`, `"int8"`, or None."""
+    at, bits = run, None
+    while at.started and not at.model.is_dir():
+        config = at.config()
+        at, bits = RunFolder(config.model.source), bits or config.model.quantize
+    return bits or declared(json.loads(read_config(root_folder(run.path)).raw))
+
+
+def kind_of(model: Any) -> str | None:
+    """Return how a model's kernels are quantised; None where none is."""
+    held = {type(value) for value in leaves(model).values()}
+    return next((kind for leaf, kind in ((NF4, "nf4"), (Int8, "int8")) if leaf in held), None)
 
 
 def labels_of(run: RunFolder) -> tuple[str, ...]:
