@@ -50,8 +50,8 @@ def merge(model: Any, *, quantize: str | None = None) -> Any:
     """
     if quantize is not None:
         raise MethodError(
-            f"merge: quantize={quantize!r}: merged kernels would be rounded to a few bits once more, which can take away "
-            "all that the adapter adds: keep it beside the quantised base, or merge to arrays and see what "
+            f"merge: quantize={quantize!r}: merged kernels would be rounded to a few bits once more, which can take "
+            "away all that the adapter adds: keep it beside the quantised base, or merge to arrays and see what "
             f"jaxft.quant.quantize(merged, {quantize!r}) costs"
         )
     fresh, ctx = _prepared(model)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .leaf import Quantized, check_finite, check_kernel
+from .leaf import Quantized, check_finite, check_kernel, largest
 
 FUNCTION = "quantize_int8"
 
@@ -72,5 +72,5 @@ def quantize_int8(array: Any) -> Int8:
 @jax.jit
 def _pack(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     wide = array.astype(jnp.float32)
-    scale = jnp.abs(wide).max(-2) / 127
+    scale = largest(wide, -2) / 127
     return jnp.rint(wide / jnp.where(scale == 0, 1, scale)[..., None, :]).astype(jnp.int8), scale

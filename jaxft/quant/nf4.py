@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ..errors import MethodError
 from .halves import over_columns, over_rows
-from .leaf import Quantized, check_finite, check_kernel
+from .leaf import Quantized, check_finite, check_kernel, largest
 from .tables import STEPS, dynamic_codes, dynamic_map, nf4_bounds, value_of
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # as the reference takes them
@@ -178,7 +178,7 @@ def _pack(array: jax.Array, block: int, transposed: bool) -> tuple[jax.Array, ja
     n, whole = rows * columns, columns % block == 0
     weights = kernel.astype(jnp.float32).reshape(*lead, n)
     blocks = _fill(weights, n + -n % block).reshape(*lead, -1, block)
-    absmax = jnp.abs(blocks).max(-1)
+    absmax = largest(blocks, -1)
     scaled = blocks / jnp.where(absmax == 0, 1, absmax)[..., None]
     codes = sum((scaled > bound).astype(jnp.uint8) for bound in nf4_bounds())
     codes = codes.reshape(*lead, -1)[..., : n + n % 2]

@@ -80,7 +80,8 @@ def law_partition(method: Method, model: Any, batch: Batch, loss: Any, **_: Any)
     assert set(a) | set(b) == set(whole) == set(leaves(attached)), "a leaf is in neither part"
     assert {path for path, v in mask.items() if all(jax.tree.leaves(v.get_value()))} == set(a), "the mask differs"
     for path, value in leaves(attached).items():
-        assert whole[path] is value, f"{path} is not the model's own array"
+        pairs = zip(jax.tree.leaves(whole[path]), jax.tree.leaves(value), strict=True)
+        assert all(one is other for one, other in pairs), f"{path} is not the model's own array"
 
 
 def law_step_0(method: Method, model: Any, batch: Batch, loss: Any, identity: bool = True, **_: Any) -> None:
