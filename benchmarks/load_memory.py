@@ -1,9 +1,10 @@
 """Memory of loading a checkpoint, onto one device and onto a mesh of eight: what the process holds beside the files.
 
-python benchmarks/load_memory.py [--gigabytes 1]
+python benchmarks/load_memory.py [--gigabytes 1] [--quantize]
 
 A checkpoint of random bfloat16 weights is made in a temporary folder; each way of loading is a process of its own. Of
-the process the anonymous memory is read (RssAnon: arrays and buffers; pages of the mapped file are not in it).
+the process the anonymous memory is read (RssAnon: arrays and buffers; pages of the mapped file are not in it). With
+`--quantize` it is read as it is and as NF4 and int8; "again" is what `save_model` has written of the NF4 one.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def anonymous():
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
-def measure(folder, devices):
+def measure(folder, devices, quantize, save):
     """Load in this process; print the most memory held above the start, and the share of the fullest device."""
     import jax
 
@@ -73,7 +74,7 @@ def measure(folder, devices):
     thread = threading.Thread(target=watch)
     thread.start()
     began = time.perf_counter()
-    model, _ = jaxft.load(folder, mesh=mesh)
+    model, _ = jaxft.load(folder, mesh=mesh, quantize=quantize)
     jax.block_until_ready(model)
     seconds = time.perf_counter() - began
     done.set()
@@ -85,31 +86,47 @@ def measure(folder, devices):
     total = sum(x.nbytes for x in jax.tree.leaves(model))
     print(json.dumps({"devices": devices, "model": total, "peak": most[0], "after": anonymous() - before,
                       "fullest": max(held.values()), "seconds": seconds}))  # fmt: skip
+    if save:
+        jaxft.save_model(model, save)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--quantize", action="store_true")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
+    parser.add_argument("--save", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.folder:
-        measure(options.folder, options.devices)
+        measure(options.folder, options.devices, options.kind, options.save)
         return
-    print("| devices | model GB | peak above the start GB | at the end GB | fullest device GB (share) | seconds |")
-    print("|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
+    print("| kernels | devices | model GB | peak above the start GB | at the end GB | fullest device GB (share) | s |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as place:
+        folder, again = f"{place}/whole", f"{place}/again"
+        Path(folder).mkdir()
         make(folder, options.gigabytes)
-        for devices in (1, 8):
+        ways = [("bfloat16", 1, folder, []), ("bfloat16", 8, folder, [])]
+        if options.quantize:
+            ways = [
+                ways[0],
+                ("int8", 1, folder, ["--kind", "int8"]),
+                ("nf4", 1, folder, ["--kind", "nf4", "--save", again]),
+                ("nf4", 8, folder, ["--kind", "nf4"]),
+                ("nf4, again", 1, again, []),
+            ]
+        for name, devices, source, more in ways:
             flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
             env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-            command = [sys.executable, __file__, "--folder", folder, "--devices", str(devices)]
+            command = [sys.executable, __file__, "--folder", source, "--devices", str(devices), *more]
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
             m = json.loads(done.stdout.splitlines()[-1])
             gb = {key: m[key] / 1e9 for key in ("model", "peak", "after", "fullest")}
             share = f"{gb['fullest']:.3f} ({m['fullest'] / m['model']:.3f})"
             figures = f"{gb['model']:.3f} | {gb['peak']:.3f} | {gb['after']:.3f} | {share} | {m['seconds']:.1f}"
-            print(f"| {devices} | {figures} |", flush=True)
+            print(f"| {name} | {devices} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

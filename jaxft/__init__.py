@@ -1,6 +1,6 @@
 """jaxft: fine-tuning in JAX. A method is what it attaches to the model, plus which leaves of the pytree it trains."""
 
-from . import data, losses, rewards, testing
+from . import data, losses, quant, rewards, testing
 from .embedding import embed
 from .errors import (
     BatchError,
@@ -84,6 +84,7 @@ __all__ = [
     "merge",
     "parameter_report",
     "partition",
+    "quant",
     "rewards",
     "save_adapter",
     "save_model",

@@ -1,5 +1,6 @@
 """`jaxft.load`: a folder, hub id or run folder in, a model and its tokenizer out."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from .data.pixels import ImageProcessor, read_processor
 from .errors import CheckpointError, RunError
 from .interop.folder import load_adapter, read_labels
 from .methods.method import adapters, copy_tree, detach
+from .methods.partition import leaves
 from .methods.switch import set_adapter
 from .models.base import Model
 from .models.hub import load_model, read_config, resolve
+from .models.packed import declared
 from .models.sentence_folder import read_sentence_folder
 from .models.sharing import with_head
 from .models.tensors import read_json
+from .quant import NF4, Int8
 from .run import RunFolder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -26,6 +30,7 @@ def load(
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    quantize: str | None = None,
     remat: str = "none",
     abstract: bool = False,
     labels: Sequence[str] | None = None,
@@ -38,6 +43,9 @@ def load(
             model, or the model that it began with and its adapter, active.
         dtype: Dtype of parameters and computation, `jnp.bfloat16` or `"bfloat16"` say; None: the checkpoint's own.
         mesh: Split the parameters over a mesh of `jaxft.make_mesh`; each part goes to its device as it is read.
+        quantize: `"nf4"` or `"int8"`: the kernels of the layers as 4 or 8 bits, each as soon as it is read, so that the
+            whole model is never there unquantised; embeddings, heads, norms and biases stay. None: as the checkpoint
+            has them, which may be quantised (by `jaxft.save_model`, or as NF4 by bitsandbytes), or as a run had them.
         remat: `"none"`, or `"full"`: recompute each layer in the backward pass, for memory.
         abstract: Shapes for arrays: no weights are read (nor needed), for reports and plans.
         labels: Names of classes, one alone for a regression: the model with a classification head for them. The
@@ -48,8 +56,8 @@ def load(
         The model, and the tokenizer: None where the folder has none; of a vision model, its `ImageProcessor`.
 
     Raises:
-        CheckpointError: The folder or its files are missing, damaged, of an unknown family, or do not fit each other;
-            every tensor concerned is named.
+        CheckpointError: The folder or its files are missing, damaged, of an unknown family, do not fit each other, or
+            are quantised in another way; every tensor concerned is named.
         MeshError: A parameter does not divide over the mesh.
 
     >>> import jaxft, tempfile
@@ -60,10 +68,11 @@ def load(
     """
     run = RunFolder(path_or_hub_id)
     if run.started:
-        return load_run(run, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract, labels=labels)
+        return load_run(run, dtype=dtype, mesh=mesh, quantize=quantize, remat=remat, abstract=abstract, labels=labels)
     folder = resolve(path_or_hub_id, weights=not abstract)
     tokenizer = load_tokenizer(folder)
     options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "abstract": abstract, "labels": labels}
+    options["quantize"] = quantize
     said = read_sentence_folder(folder)
     if said.adapter and said.fields:
         base = read_json(said.transformer / "adapter_config.json").get("base_model_name_or_path")
@@ -85,6 +94,7 @@ def load_run(
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    quantize: str | None = None,
     remat: str = "none",
     abstract: bool = False,
     labels: Sequence[str] | None = None,
@@ -103,12 +113,14 @@ def load_run(
     if not run.finished:
         raise RunError(f"{run.path}: the run has not finished, so there is no model yet; go on with --resume")
     if run.model.is_dir():
-        model, tokenizer = load(run.model, dtype=dtype, mesh=mesh, remat=remat, abstract=abstract, labels=labels)
+        options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
+        model, tokenizer = load(run.model, **options, quantize=quantize, labels=labels)
         return as_pooled(model, run), tokenizer
     if abstract:
         raise RunError(f"{run.path}: an adapter is read with its weights; give the base model for shapes alone")
     config = run.config()
-    options: dict[str, Any] = {"dtype": dtype or config.model.dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
+    options = {"dtype": dtype or config.model.dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
+    options["quantize"] = quantize or config.model.quantize  # the adapter was trained over these values
     labels = labels_of(run) or None if labels is None else labels
     begun = RunFolder(config.model.source)
     if over is None:
@@ -130,6 +142,21 @@ def root_folder(path: str | Path) -> Path:
     while at.started and not at.model.is_dir():
         at = RunFolder(at.config().model.source)  # the adapter's base may be a run too
     return at.model if at.started else resolve(at.path)
+
+
+def bits_of(run: RunFolder) -> str | None:
+    """Return how the kernels are quantised over which a run's adapter was trained: `"nf4"`, `"int8"`, or None."""
+    at, bits = run, None
+    while at.started and not at.model.is_dir():
+        config = at.config()
+        at, bits = RunFolder(config.model.source), bits or config.model.quantize
+    return bits or declared(json.loads(read_config(root_folder(run.path)).raw))
+
+
+def kind_of(model: Any) -> str | None:
+    """Return how a model's kernels are quantised; None where none is."""
+    held = {type(value) for value in leaves(model).values()}
+    return next((kind for leaf, kind in ((NF4, "nf4"), (Int8, "int8")) if leaf in held), None)
 
 
 def labels_of(run: RunFolder) -> tuple[str, ...]:

@@ -214,10 +214,10 @@ def abstract_state(config: Config, mesh: Mesh | None, platform: str) -> TrainSta
         raise RunError("method is left out: jaxft plan needs one, since it reads no run's adapter")
     method = method.loaded()  # a prompt's first words make no difference
     if m.config is not None:
-        model: Any = abstract_model(shape_of(config, **options).replace(**head))
+        model: Any = abstract_model(shape_of(config, **options).replace(**head), m.quantize)
     else:
         merged = any(isinstance(part, Full) for part in parts_of(method))
-        model = abstract_base(m.source, merged, **options, **head)
+        model = abstract_base(m.source, merged, **options, **head, quantize=m.quantize)
     return task_of(config).planned_state(model, method, config.train.steps or STEPS)
 
 
@@ -229,6 +229,7 @@ def abstract_base(source: str, merged: bool, **options: Any) -> Any:
     if run.model.is_dir():
         return load(run.model, **options, abstract=True)[0]
     config = run.config()
+    options["quantize"] = None if merged else options["quantize"] or config.model.quantize
     model, method = abstract_base(config.model.source, merged, **options), config.make_method()
     if merged or method is None:
         return model

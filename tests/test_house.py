@@ -11,6 +11,7 @@ ROOT = Path(jaxft.__file__).parent
 ROWS = [
     ["errors"],
     ["parallel"],
+    ["quant"],
     ["models"],
     ["methods"],
     ["losses"],
@@ -63,7 +64,8 @@ MODELS = [
 ]
 INSIDE = {
     "parallel": ["rules", "mesh", "topology", "__init__"],
-    "models": [*MODELS, "placement", "tensors", "sentence_folder", "hub", "sharing"],
+    "quant": ["leaf", "tables", "halves", "nf4", "int8", "product", "model", "report", "__init__"],
+    "models": [*MODELS, "placement", "tensors", "packed", "ways", "assemble", "sentence_folder", "hub", "sharing"],
     "methods": [
         "linear",
         "stacking",
@@ -132,7 +134,7 @@ INSIDE = {
     ],
     "testing": ["tiny", "laws", "__init__"],
 }
-INSIDE["methods"] += ["report", "merge", "average", "combine", "weighted"]
+INSIDE["methods"] += ["report", "lost", "merge", "average", "combine", "weighted"]
 INSIDE["train"] = ["batch", "state", "step", "optimizer", "digests", "checkpoint", "evaluate", "loop", "progress"]
 INSIDE["interop"] += ["export", "sentence_transformers", "__init__"]
 INSIDE["data"] += ["labels", "columns", "prompts", "preference"]
@@ -199,7 +201,7 @@ def test_public_names():
         *("load_adapter", "losses", "make_train_step", "merge", "parameter_report", "partition", "save_adapter"),
         *("PTuning", "PTuningV2", "PrefixTuning", "PromptTuning"),
         *("IA3", "save_serving", "save_model", "select", "set_adapter", "testing", "trainable_mask", "unmerge"),
-        *("RewardError", "rewards"),
+        *("RewardError", "quant", "rewards"),
         *("add_weighted_adapter", "average_adapters", "embed", "save_sentence_transformer"),
     }
 

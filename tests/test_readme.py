@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_code_runs(folder, monkeypatch, capsys):
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
     monkeypatch.chdir(folder)
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), {})
@@ -66,7 +66,7 @@ def test_the_command_lines_run(folder, monkeypatch, capsys):
     """Each in the order of the README, in one folder; the quickstart's own config for three steps."""
     monkeypatch.chdir(folder)
     lines = re.findall(r"^(?:jaxft |python (?=configs/rlhf))([^\\\n]+(?:\\\n[^\\\n]+)*)", README, re.MULTILINE)
-    assert len(lines) == 22
+    assert len(lines) == 25
     assert {line.split()[0] for line in lines if not line.startswith("configs/")} == {
         "train",
         "validate",

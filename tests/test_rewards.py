@@ -377,6 +377,15 @@ def test_a_run_over_another_base_is_loaded_by_itself(place, tokenizer):
     assert not any(theirs[path] is ours[path] for path in ours if path in theirs)
 
 
+def test_a_run_over_the_base_in_other_bits_is_loaded_by_itself(place, tokenizer):
+    """It scores as it was trained, whatever the policy's base is quantised to."""
+    base, _ = jaxft.load(place / "base", quantize="nf4")
+    reward = make_reward(str(place / "reward"), tokenizer=tokenizer, base=base, base_folder=place / "base")
+    ours, theirs = arrays(jaxft.load(place / "reward")[0]), arrays(reward.parts[0].scorer.model)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
+
+
 def test_a_base_with_adapters_is_refused(place, tokenizer):
     base = jaxft.attach(jaxft.load(place / "base")[0], jaxft.LoRA(r=2), name="policy")
     with pytest.raises(RewardError, match=r"the base carries adapters, \['policy'\]: detach them first"):

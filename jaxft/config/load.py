@@ -16,6 +16,7 @@ from .preferences import Grpo
 from .schema import FORMATS, Config, Train, frozen, keys_at, make_one
 from .tree import Path, Places, dotted, parse, path_of, place_of, put
 
+ADAPTER = "name: lora, target_modules: all-linear"
 KINDS = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -55,7 +56,7 @@ def load_config(file: str | File, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         problems += _override(tree, places, override)
     _normal(tree, places)
-    faults = [*_method_problems(tree, places), *_together(tree)]
+    faults = [*_method_problems(tree, places), *_together(tree, places)]
     problems += [f"{place_of(path, places)}: {dotted(path)}: {what}" for path, what in faults]
     config: Config | None = None
     try:
@@ -219,7 +220,7 @@ def _mistyped(value: Any, hint: Any) -> str:
     return ""
 
 
-def _together(tree: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+def _together(tree: dict[str, Any], places: Places) -> Iterator[tuple[Path, str]]:
     """Check what must fit across sections; on the tree, so that another fault in one of them hides nothing."""
     sections = (tree.get(key) for key in ("data", "optimizer", "train", "evaluation"))
     data, optimizer, train, evaluation = (section if isinstance(section, dict) else {} for section in sections)
@@ -229,12 +230,26 @@ def _together(tree: dict[str, Any]) -> Iterator[tuple[Path, str]]:
             yield ("model", "path"), "it is missing (or model.config, a shape without weights, for jaxft plan)"
         if model.get("config") is not None and model.get("init") == "random":
             yield ("model", "config"), "random weights take the shape of model.path: leave it out"
+        if model.get("quantize") is not None:
+            yield from _of_quantized(tree, model["quantize"], places)
     yield from _of_task(tree, data, evaluation)
     warmup, steps = optimizer.get("warmup_steps"), train.get("steps")
     if type(warmup) is int and type(steps) is int and 1 <= steps <= warmup:
         yield ("optimizer", "warmup_steps"), f"{warmup} of {steps} steps: none would be left"
     if data.get("eval") is None and (evaluation.get("exact_match") is True or evaluation.get("scores")):
         yield ("evaluation",), "answers are compared on held-out rows: set data.eval"
+
+
+def _of_quantized(tree: dict[str, Any], kind: Any, places: Places) -> Iterator[tuple[Path, str]]:
+    """Check that nothing is to be trained that a quantised base holds."""
+    found = {(*path, "method"): holder.get("method") for path, holder in _holders(tree).items()}
+    found |= {path: [tree["ppo"].get("critic")] for path in [("ppo", "critic")] if isinstance(tree.get("ppo"), dict)}
+    for path, parts in found.items():
+        for i, part in enumerate(parts or ()):
+            if isinstance(part, dict) and part.get("name") == "full":
+                at: Path = (*path, i, "name") if (*path, i) in places else (*path, "name")
+                what = f"full trains every kernel, and those of a base with model.quantize: {kind} are codes without a "
+                yield at, f"{what}gradient: train an adapter ({ADAPTER}), or leave model.quantize out"
 
 
 def _of_task(tree: dict[str, Any], data: Any, evaluation: Any) -> Iterator[tuple[Path, str]]:

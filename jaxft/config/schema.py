@@ -31,14 +31,17 @@ FORMATS: dict[str, tuple[str, ...]] = {  # what each task reads
 class Model(Section):
     """Where training begins: a folder, a hub id, or a run; `init: random` reads its `config.json` alone.
 
-    `config` is a `config.json` by itself, a shape without weights: what `jaxft plan` looks at. `pooling`: how a text or
-    image becomes one vector, where that should not be as the family or the sentence-transformers folder has it.
+    `config` is a `config.json` by itself, a shape without weights: what `jaxft plan` looks at. `quantize`: the kernels
+    of the base in 4 or 8 bits, with adapters trained over them (QLoRA); None: as the checkpoint has them. `pooling`:
+    how a text or image becomes one vector, where that should not be as the family or the sentence-transformers folder
+    has it.
     """
 
     path: Text | None = None
     config: Text | None = None
     init: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantize: Literal["nf4", "int8"] | None = None
     remat: Literal["none", "full", "auto"] = "auto"
     pooling: Literal["cls", "mean", "max", "last"] | None = None
 

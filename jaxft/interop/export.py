@@ -1,6 +1,7 @@
 """A model back out as a Hugging Face folder that transformers loads."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from ..methods.method import adapters
 from ..models.base import Model
 from ..models.config import HEAD_POOLING, OUR_TYPE
 from ..models.heads import LastTokenClassifier
-from ..models.hub import abstract_model
+from ..models.hub import whole_shapes
 from ..models.names import LEAF_NAMES, Named, parameters, renamed
+from ..models.packed import declaration, expresses, pack
 from ..models.tensors import replacing, write_tensors
+from ..quant import NF4, is_quantized
 from .padding import padding_of, padding_with
 
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -32,6 +35,9 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
     A classifier on a causal model gets a pad token that is not the end token, where the tokenizer has one: by it
     transformers finds the last token of a row.
 
+    Quantised kernels are written as they are, NF4 as bitsandbytes' layout of the hub has it (`models.packed`), which
+    transformers reads too, int8 for `jaxft.load` alone; read again, nothing is quantised anew.
+
     Args:
         model: A model without adapters (`jaxft.merge` folds them in), `state.model` after `Full` say.
         folder: Where to; made if it is not there. Its files are replaced together.
@@ -42,7 +48,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
         The folder.
 
     Raises:
-        MethodError: The model carries adapters.
+        MethodError: The model carries adapters, or kernels that are quantised in ways which the layout cannot say.
 
     >>> import jaxft, tempfile
     >>> sorted(p.name for p in jaxft.save_model(jaxft.testing.tiny_llama(), tempfile.mkdtemp()).iterdir())
@@ -61,22 +67,21 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
         for i, name in enumerate(named.names)
     }
     _refuse_unreadable(model, set(places))
-    itemsize = np.dtype(model.dtype).itemsize
     bare = ((rf"^{model.stem}\.", ""),) if getattr(model, "lm_head", model) is None else ()  # as it was read
     places = {renamed(name, (*model.written, *bare)): place for name, place in places.items()}
-    sizes = {name: int(np.prod(_shape(*place))) * itemsize for name, place in places.items()}
-    shards, config = _shards(sizes, shard_bytes), _config(model)
+    sizes = {name: _size(model, *place) for name, place in places.items()}
+    shards, config = _shards(sizes, shard_bytes), {**_config(model), **_quantization(model)}
+    weight_map: dict[str, str] = {}
     if isinstance(model, LastTokenClassifier) and model.head_pooling is None:
         pad = padding_of(tokenizer, model.config)
         config, tokenizer = {**config, "pad_token_id": pad}, padding_with(tokenizer, pad)
     with replacing(Path(folder)) as scratch:
         for file, names in shards.items():
-            write_tensors(scratch / file, {name: _tensor(model, *places[name]) for name in names})
+            tensors = {part: x for name in names for part, x in _tensors(model, name, *places[name]).items()}
+            write_tensors(scratch / file, tensors)
+            weight_map |= dict.fromkeys(tensors, file)
         if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(sizes.values())},
-                "weight_map": {name: file for file, names in shards.items() for name in names},
-            }
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
         (scratch / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         if model.config.stop_ids:
@@ -93,7 +98,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Any = None, *, shard
 
 def _refuse_unreadable(model: Model, names: set[str]) -> None:
     """Refuse leaves that a reader of the folder, ours or transformers, would not look for."""
-    like = abstract_model(model.config_class.from_raw(_config(model)))
+    like = whole_shapes(model.config_class.from_raw(_config(model)))
     readable = {f"{name}.{LEAF_NAMES[leaf]}" for named, leaf, _ in parameters(like) for name in named.names}
     refuse(
         MethodError,
@@ -102,16 +107,50 @@ def _refuse_unreadable(model: Model, names: set[str]) -> None:
     )
 
 
-def _shape(named: Named, leaf: str, variable: Any, index: int) -> tuple[int, ...]:
+def _size(model: Model, named: Named, leaf: str, variable: Any, index: int) -> int:
+    """Return about how many bytes a leaf's tensors take, of one layer."""
     del leaf, index
-    shape = variable.get_value().shape
-    return tuple(shape[1:] if named.stacked else shape)
-
-
-def _tensor(model: Model, named: Named, leaf: str, variable: Any, index: int) -> np.ndarray[Any, Any]:
     value = variable.get_value()
+    whole = value.nbytes if is_quantized(value) else math.prod(value.shape) * np.dtype(model.dtype).itemsize
+    return int(whole) // (len(named.names) if named.stacked else 1)
+
+
+def _tensors(
+    model: Model, name: str, named: Named, leaf: str, variable: Any, index: int
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the tensors of a leaf, of one layer, by name: one, or the parts of a quantised kernel."""
+    value = variable.get_value()
+    if is_quantized(value):
+        return pack(name, jax.tree.map(lambda x: x[index], value) if named.stacked else value, model.dtype)
     value = np.asarray((value[index] if named.stacked else value).astype(model.dtype))
-    return value.T if leaf == "kernel" and variable.get_metadata("transposed") else value
+    return {name: value.T if leaf == "kernel" and variable.get_metadata("transposed") else value}
+
+
+def _quantization(model: Model) -> dict[str, Any]:
+    """Return the key of `config.json` that says how kernels are quantised, if any are.
+
+    Raises:
+        MethodError: Kernels that are quantised in ways that no folder can say.
+    """
+    linear = [(named, variable.get_value()) for named, leaf, variable in parameters(model) if leaf == "kernel"]
+    held = {named.path: value for named, value in linear if is_quantized(value)}
+    if not held:
+        return {}
+    ways = {(type(value), getattr(value, "double", None)) for value in held.values()}
+    odd = [path for path, value in held.items() if isinstance(value, NF4) and not expresses(value)]
+    refuse(
+        MethodError,
+        "kernels that the layout of quantised folders cannot hold",
+        [f"{path} is NF4 in another block or order than jaxft.load(..., quantize='nf4') makes" for path in odd]
+        + ([f"there are {len(ways)} ways to quantise in this model, and a folder has one"] if len(ways) > 1 else []),
+    )
+    like = next(iter(held.values()))
+    kept = [name for named, value in linear if not is_quantized(value) for name in named.names]
+    if getattr(model, "lm_head", None) is not None and "lm_head" not in kept:
+        kept.append("lm_head")
+    whole = [renamed(name, model.written) for name in kept]
+    kind = "nf4" if isinstance(like, NF4) else "int8"
+    return {"quantization_config": declaration(kind, model.dtype, getattr(like, "double", False), whole)}
 
 
 def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
@@ -131,7 +170,8 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 def _config(model: Model) -> dict[str, Any]:
     raw = json.loads(model.config.raw)
-    for old in ("torch_dtype", "dtype", "_name_or_path", "num_labels", *class_keys(("x",)), HEAD_POOLING):
+    gone = ("torch_dtype", "dtype", "_name_or_path", "num_labels", "quantization_config")
+    for old in (*gone, *class_keys(("x",)), HEAD_POOLING):
         raw.pop(old, None)
     ours = model.head_pooling is not None  # transformers has no such heads, and refuses a model_type that it has not
     return {

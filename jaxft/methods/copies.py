@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import MethodError
 from ..models.seams import Copies, Delta
+from ..quant.leaf import is_quantized
 from .linear import is_linear, kernel_shape, logical_axes, make_seams
 from .matching import Target, check_names, find
 from .method import hang
@@ -24,7 +25,8 @@ def copy_leaves(target: Target, leaves: tuple[str, ...], name: str, tied: Any = 
     """Give an adapter its own float32 copies of a module's leaves.
 
     Raises:
-        MethodError: The module is a person's own and no linear layer, so nothing would read the copies.
+        MethodError: The module is a person's own and no linear layer, so nothing would read the copies; or its kernel
+            is quantised.
     """
     module = target.named.module
     make_seams([module] if is_linear(module) else [])
@@ -42,6 +44,11 @@ def copy_leaves(target: Target, leaves: tuple[str, ...], name: str, tied: Any = 
                 copies[leaf] = Delta(tied().astype("float32"), axes=logical_axes(module))
             continue
         value, axes = own.get_value(), own.get_metadata().get("axes", ())
+        if is_quantized(value):
+            raise MethodError(
+                f"{target.named.path} has a quantised kernel, of which an adapter cannot hold a trained copy: let LoRA "
+                "adapt it, or leave the module out when quantising (skip)"
+            )
         if target.named.stacked:
             value = value if target.layers_held is None else value[list(target.layers_held),]
             lead = value.shape[:1]

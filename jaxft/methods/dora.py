@@ -48,12 +48,12 @@ class DoRA(LowRank):
         turned = super().__call__(linear, x, y, ctx, weight).astype(jnp.float32)
         return (per_row(weight, y) * away * y.astype(jnp.float32) + (1 + away) * turned).astype(y.dtype)
 
-    def away(self, kernel: jax.Array) -> jax.Array:
+    def away(self, kernel: Any) -> jax.Array:
         """Return `m / |V| - 1`, `(*lead, out)`: exactly 0 while A B is 0 and m as it was."""
         norm = jax.lax.stop_gradient(self.full_norm(kernel))
         return (self.magnitude.get_value() - norm) / jnp.where(norm == 0, 1, norm)
 
-    def full_norm(self, kernel: jax.Array) -> jax.Array:
+    def full_norm(self, kernel: Any) -> jax.Array:
         """Return `|W + s A B|` for each output, `(*lead, out)`, in float32."""
         a, b, gate = self.factors()
         a = a * gate[..., None, :]
@@ -62,7 +62,8 @@ class DoRA(LowRank):
         def inner(by: jax.Array) -> jax.Array:
             return jnp.sum(b * by, -2)
 
-        overlap = jnp.matmul(across, kernel.astype(jnp.float32), precision="highest")
+        with jax.default_matmul_precision("highest"):
+            overlap = dot(across, kernel)
         own = jnp.matmul(jnp.matmul(across, a, precision="highest"), b, precision="highest")
         change, norm = 2 * inner(overlap) + inner(own), self.norm.get_value()
         return jnp.where(change == 0, norm, jnp.sqrt(jnp.maximum(jnp.square(norm) + change, 0)))

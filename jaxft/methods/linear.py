@@ -11,6 +11,7 @@ from ..errors import MethodError
 from ..models.layers import Linear
 from ..models.names import Named
 from ..models.seams import Context, add_deltas, read, scale_input
+from ..quant.leaf import as_array
 
 
 def is_linear(module: Any) -> bool:
@@ -28,13 +29,16 @@ def kernel_shape(module: Any) -> tuple[int, ...]:
 def kernel_of(model: Any, module: Any, layers: tuple[int, ...] | None) -> jax.Array:
     """Return the kernel `(*lead, in, out)` that a linear layer multiplies by, the tied one of a head that has none.
 
+    A quantised one is dequantised, in the dtype in which the model computes.
+
     Args:
         model: The model.
         module: One of its linear layers.
         layers: The layers of the stack that are wanted; None for all, or outside a stack.
     """
     value = model.tied_kernel() if module.kernel is None else module.kernel.get_value()
-    return value if layers is None else value[list(layers),]
+    value = value if layers is None else jax.tree.map(lambda x: x[list(layers),], value)
+    return as_array(value, getattr(model, "dtype", None))
 
 
 def logical_axes(module: Any) -> tuple[Any, Any]:

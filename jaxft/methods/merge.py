@@ -14,7 +14,10 @@ from ..models.names import Named, named_modules
 from ..models.placement import place
 from ..models.seams import SLOTS, Context, mix
 from ..models.stack import spread
+from ..quant.leaf import has_quantized
+from ..quant.model import dequantize
 from .linear import put, unseam
+from .lost import Lost
 from .low_rank import LowRank
 from .method import adapters, copy_tree, forget_adapters
 from .stacking import refuse_clashes
@@ -22,33 +25,48 @@ from .stacking import refuse_clashes
 LEAVES = ("kernel", "embedding", "bias")
 
 
-def merge(model: Any) -> Any:
+def merge(model: Any, *, quantize: str | None = None) -> Any:
     """Return a plain model that computes what the base with its active adapters computes; the adapters are gone.
 
     `kernel + sum_n w_n delta_n`, in float32, then in the base's dtype, and biases likewise. A tied head that an
     adapter changed gets a kernel of its own, and the embedding stays; one whose embedding alone was changed keeps what
     it called (token rows are the head's too).
 
+    Quantised kernels become arrays in the model's dtype, of what they stand for: the adapter was trained beside that,
+    and not beside the checkpoint that was quantised. How much of what it adds that dtype loses is logged.
+
     Args:
         model: A model with adapters, weighted by an array `[n]`.
+        quantize: None. Few bits cannot hold what the adapter adds, and a model in them is not the one trained.
 
     Raises:
-        MethodError: The model carries no adapter, each row of a batch has its own weights, or an adapter puts keys,
-            values or vectors before the sequence, which no kernel can hold.
+        MethodError: A quantised model is asked for, the model carries no adapter, each row of a batch has its own
+            weights, or an adapter puts keys, values or vectors before the sequence, which no kernel can hold.
 
     >>> import jaxft
     >>> model = jaxft.attach(jaxft.testing.tiny_llama(), jaxft.LoRA(r=2))
     >>> jaxft.adapters(jaxft.merge(model))
     {}
     """
+    if quantize is not None:
+        raise MethodError(
+            f"merge: quantize={quantize!r}: merged kernels would be rounded to a few bits once more, which can take "
+            "away all that the adapter adds: keep it beside the quantised base, or merge to arrays and see what "
+            f"jaxft.quant.quantize(merged, {quantize!r}) costs"
+        )
     fresh, ctx = _prepared(model)
+    lost = Lost() if has_quantized(fresh) else None
+    fresh = dequantize(fresh)
     tied = fresh.tied_kernel() if isinstance(fresh, CausalLM) else None
     for n in _adapted(fresh):
         _merge_copies(n, ctx, tied)
         for leaf, value in _leaves(n.module, tied):
             change = _change(n, leaf, value, ctx)
             if change is not None:
-                put(n.module, leaf, (value.astype(jnp.float32) + change).astype(value.dtype))
+                merged = (value.astype(jnp.float32) + change).astype(value.dtype)
+                put(n.module, leaf, merged)
+                if lost is not None:
+                    lost.add(f"{n.path}.{leaf}", value, change, merged)
         if tied is not None and n.module is fresh.backbone.input_embedding():
             _untie(fresh, n, tied, ctx)
         for slot in SLOTS:
@@ -57,6 +75,8 @@ def merge(model: Any) -> Any:
     for _, module in list(nnx.iter_modules(fresh)):
         unseam(module)
     forget_adapters(fresh)
+    if lost is not None:
+        lost.say(fresh.dtype)
     if isinstance(fresh, Model):
         fresh.config = fresh.config.replace(**fresh.config_keys())
     return place(fresh)
@@ -74,7 +94,7 @@ def unmerge(model: Any) -> Any:
     Raises:
         MethodError: An adapter put something in the place of the base's values, which are gone: copies of whole
             leaves (`modules_to_save`, `bias`), token rows, DoRA's magnitudes, an IA3 vector with a zero; or it began
-            as a part of the base's own kernel (PiSSA).
+            as a part of the base's own kernel (PiSSA). Or the base is quantised.
 
     >>> import jax, jaxft
     >>> base = jaxft.testing.tiny_llama()
@@ -84,6 +104,8 @@ def unmerge(model: Any) -> Any:
     True
     """
     fresh, ctx = _prepared(model)
+    if has_quantized(fresh):
+        raise MethodError("unmerge: this base is quantised, and a merged one is not: nothing was merged into it")
     for n in _adapted(fresh):
         if getattr(n.module, "saved", None) is not None:
             raise MethodError(f"{n.path} was replaced by the adapter's copy: the base's own values cannot be had back")

@@ -13,6 +13,7 @@ from flax import nnx
 
 from ..errors import MethodError, PartitionError, SelectionError, nearest, refuse
 from ..models.names import LEAF_NAMES, dotted, is_variable, named_modules, variables
+from ..quant.leaf import is_quantized
 from .heads import copied_heads, copy_heads, drop_heads, is_copy, trained
 from .method import Method, adapters, attach, detach, register
 from .switch import all_off
@@ -111,6 +112,16 @@ def _flags(model: Any, method: Method, name: str) -> dict[str, bool]:
         MethodError,
         f"the head is new, and the adapter {name!r} has no copy of it to train: attach a new adapter over it",
         [f"{p} would stay random" for p in idle],
+    )
+    refuse(
+        MethodError,
+        f"{type(method).__name__} would train quantised kernels, whose codes have no gradient: train an adapter beside "
+        "them (jaxft.LoRA), or a base that is not quantised",
+        [
+            f"{p} is a {type(v.get_value()).__name__}"
+            for p, v in known.items()
+            if flags[p] and is_quantized(v.get_value())
+        ],
     )
     if not any(flags.values()):
         raise SelectionError(f"{type(method).__name__} trains no leaf of this {type(model).__name__}")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -16,20 +15,25 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ..errors import CheckpointError, refuse
+from ..errors import CheckpointError, MethodError, refuse
+from ..quant import is_quantized
+from ..quant import quantize as quantized
+from ..quant.model import KINDS
 from . import CLASSIFIERS, FAMILIES
+from .assemble import assemble, disk_shape
 from .base import Model
 from .config import OUR_TYPE, class_names, token_ids, unnamed
 from .layers import normal
-from .names import LEAF_NAMES, Named, parameters, renamed
+from .names import LEAF_NAMES, parameters, renamed
+from .packed import declared, fold
 from .placement import place
 from .seams import number
 from .sentence_folder import read_sentence_folder
 from .tensors import CONVERT, Tensors, read_json
+from .ways import as_packed, ways_declared, ways_on_disk
 
 log = logging.getLogger("jaxft")
 
-ALIGNMENT = 64
 NEEDED = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
 
 
@@ -100,8 +104,22 @@ def family_of(config: Any) -> type[Model]:
     return family
 
 
-def abstract_model(config: Any) -> Model:
-    """Return the model of a config with shapes for arrays: no memory, no weights."""
+def abstract_model(config: Any, quantize: str | None = None) -> Model:
+    """Return the model of a config with shapes for arrays: no memory, no weights.
+
+    Args:
+        config: The config. Where its `config.json` says that kernels are quantised, these are.
+        quantize: `"nf4"` or `"int8"`: quantise them so, where they are not yet.
+    """
+    model, raw = whole_shapes(config), json.loads(config.raw)
+    if "quantization_config" in raw:
+        as_packed(model, ways_declared(model, raw), config.source)
+        return place(model)
+    return model if quantize is None else quantized(model, quantize)
+
+
+def whole_shapes(config: Any) -> Model:
+    """Return the model of a config with shapes for arrays, nothing of it quantised."""
     family: Any = family_of(config)
     model = jax.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
     shaped = lambda s: jax.ShapeDtypeStruct(s.shape, config.dtype)  # noqa: E731
@@ -120,7 +138,7 @@ def _maker(config: Any, raw: str, source: str) -> Any:
     """Return the compiled draw of a config's parameters, of a key; configs that differ in these alone are equal."""
     del raw, source
     family: Any = family_of(config)
-    where = jax.tree.map(lambda s: s.sharding, abstract_model(config))
+    where = jax.tree.map(lambda s: s.sharding, whole_shapes(config))
 
     @partial(jax.jit, out_shardings=where)
     def make(key: jax.Array) -> Any:
@@ -134,6 +152,7 @@ def load_model(
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    quantize: str | None = None,
     remat: str = "none",
     abstract: bool = False,
     source: str = "",
@@ -147,19 +166,43 @@ def load_model(
         )
     options: dict[str, Any] = {"dtype": dtype, "remat": remat, "mesh": mesh, "source": source or str(folder)}
     config = read_config(folder, **options, labels=labels)
-    there = readable_classes(json.loads(config.raw))
+    raw = json.loads(config.raw)
+    said = declared(raw)
+    check_kind(folder, said, quantize)
+    there = readable_classes(raw)
     kept = labels is None or (there is not None and same_classes(there, config.labels))
     if there and config.labels and not kept:
         log.warning("%s: its head for %s is discarded for a new one for %s", folder, list(there), list(config.labels))
     if abstract:
-        model = abstract_model(config)
+        model = abstract_model(config, quantize)
         mark_new(model, () if kept else tuple(path for path in model.heads if not path.startswith(f"{model.prefix}.")))
         return model
-    cls = (json.loads(config.raw).get("architectures") or ["AutoModel"])[0]  # which keeps the checkpoint's own head
+    cls = (raw.get("architectures") or ["AutoModel"])[0]  # which keeps the checkpoint's own head
     with Tensors(at, convert=CONVERT.replace("AutoModel", str(cls))) as tensors:
-        model = abstract_model(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
+        tensors.packed = fold(tensors, said)
+        model = whole_shapes(config.replace(dtype=tensors.dtype if dtype is None else float_dtype(dtype)))
+        if tensors.packed:
+            as_packed(model, ways_on_disk(tensors, disk_names(model, tensors)), folder)
+            model = place(model)
+        elif quantize is not None:
+            model = quantized(model, quantize)
         fill(model, tensors, keep_head=kept, asked=labels is not None)
     return model
+
+
+def check_kind(folder: Path, there: str | None, wanted: str | None) -> None:
+    """Refuse an unknown way to quantise, and one that a checkpoint is not quantised in already.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    if wanted not in (None, *KINDS):
+        raise CheckpointError(f"quantize={wanted!r}: choose one of {', '.join(map(repr, KINDS))}, or None")
+    if there is not None and wanted not in (None, there):
+        raise CheckpointError(
+            f"{folder}: it is quantised as {there} already, and {wanted} is asked for: load the checkpoint that is not "
+            "quantised, or leave quantize out"
+        )
 
 
 def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
@@ -255,7 +298,7 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True, asked: bool = F
         + [
             f"{name} is {tensors.shapes[on_disk[name]]} on disk, {disk_shape(*spot)} by config.json"
             for name, spot in wanted.items()
-            if name in on_disk and tensors.shapes[on_disk[name]] != disk_shape(*spot)
+            if name in on_disk and tensors.shapes[on_disk[name]] != disk_shape(*spot, on_disk[name] in tensors.packed)
         ],
     )
     untied = spare & set(on_disk) and not same_table(tensors, on_disk["lm_head.weight"], on_disk[table_name(model)])
@@ -269,10 +312,14 @@ def fill(model: Model, tensors: Tensors, keep_head: bool = True, asked: bool = F
         if variable.get_metadata("new", False):
             continue
         sources = [on_disk[f"{name}.{LEAF_NAMES[leaf]}"] for name in named.names]
-        variable.set_value(assemble(tensors, sources, variable))
-        if not bool(_all_finite(variable.get_value())):
+        try:
+            variable.set_value(assemble(tensors, sources, variable, model.dtype))
+            sound = is_quantized(variable.get_value()) or bool(_all_finite(variable.get_value()))
+        except MethodError:  # of values that cannot be quantised
+            sound = False
+        if not sound:
             found = [f"{s} has {n} values that are NaN or infinite" for s in sources if (n := tensors.non_finite(s))]
-            narrow = f"{named.path}.{leaf} has values too large for {variable.get_value().dtype}: load a wider dtype"
+            narrow = f"{named.path}.{leaf} has values too large for {model.dtype}: load a wider dtype"
             poisoned += found or [narrow]
     refuse(CheckpointError, f"{tensors.folder}: damaged weights; export or download the checkpoint again", poisoned)
 
@@ -337,54 +384,6 @@ def table_name(model: Model) -> str:
 def same_table(tensors: Tensors, one: str, other: str) -> bool:
     """Tell whether two tensors of a checkpoint are equal."""
     return tensors.shapes[one] == tensors.shapes[other] and np.array_equal(tensors.read(one), tensors.read(other))
-
-
-def disk_shape(named: Named, leaf: str, variable: nnx.Param[Any]) -> tuple[int, ...]:
-    """Return the shape that a leaf's tensor has in a checkpoint: no layer axis, kernels `(out, in)` as a rule."""
-    shape = variable.get_value().shape[1:] if named.stacked else variable.get_value().shape
-    return tuple(shape[::-1]) if leaf == "kernel" and variable.get_metadata("transposed") else tuple(shape)
-
-
-def assemble(tensors: Tensors, sources: list[str], variable: nnx.Param[Any]) -> jax.Array:
-    """Read the tensors of one leaf, one after the other, into one array of its shape, dtype and sharding.
-
-    On a mesh each part is read and put on its devices by itself, so no more than one part is in the host's memory.
-    """
-    there = variable.get_value()
-    transposed = variable.get_metadata("transposed", False)
-    if there.sharding is None:
-        return jnp.asarray(_part(tensors, sources, there, (slice(None),) * len(there.shape), transposed))
-    groups: dict[str, list[Any]] = {}  # the devices that hold the same part
-    for device, index in there.sharding.addressable_devices_indices_map(there.shape).items():
-        groups.setdefault(str(index), [index]).append(device)
-    arrays = []
-    for index, *devices in groups.values():
-        part = _part(tensors, sources, there, index, transposed)
-        arrays += [jax.device_put(part, device) for device in devices]
-    return jax.make_array_from_single_device_arrays(there.shape, there.sharding, arrays)
-
-
-def _part(
-    tensors: Tensors, sources: list[str], there: Any, index: tuple[slice, ...], transposed: bool
-) -> np.ndarray[Any, Any]:
-    """Read a part of a leaf, given by a slice of each of its axes; of a stack, each layer has a source of its own."""
-    shape = [len(range(*s.indices(n))) for s, n in zip(index, there.shape, strict=True)]
-    buffer = _aligned(shape, there.dtype)
-    inner = index[-len(tensors.shapes[sources[0]]) :]
-    chosen = sources[index[0]] if len(inner) < len(index) else sources
-    for slot, source in zip(buffer.reshape(len(chosen), *shape[-len(inner) :]), chosen, strict=True):
-        tensor = tensors.read(source, inner[::-1] if transposed else inner)
-        with np.errstate(over="ignore"):  # what a narrower dtype cannot hold is found, and named, afterwards
-            slot[...] = tensor.T if transposed else tensor
-    return buffer
-
-
-def _aligned(shape: list[int], dtype: Any) -> np.ndarray[Any, Any]:
-    """Return an empty array that begins where JAX on a CPU takes it over as it is, and so is never there twice."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    first = -raw.ctypes.data % ALIGNMENT
-    return raw[first : first + size].view(dtype).reshape(shape)
 
 
 @jax.jit

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..parallel.rules import constrain
+from ..quant.leaf import is_quantized
+from ..quant.product import product
 from .seams import Context, add_deltas, lift, mix, read, scale_input
 
 
@@ -56,8 +58,10 @@ def dot(x: jax.Array, kernel: Any) -> jax.Array:
 
     Args:
         x: `[..., in]`.
-        kernel: `[in, out]`, or `[B, in, out]` where each row of the batch has its own.
+        kernel: `[in, out]`, or `[B, in, out]` where each row of the batch has its own; an array, or quantised.
     """
+    if is_quantized(kernel):
+        return product(x, kernel)
     kernel = kernel.astype(x.dtype)
     if kernel.ndim > 2:
         return x @ kernel

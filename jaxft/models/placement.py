@@ -7,6 +7,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..errors import MeshError, refuse
 from ..parallel.rules import repeated, spec
+from ..quant.leaf import is_quantized
 from .config import ModelConfig
 from .names import variables
 
@@ -17,8 +18,10 @@ def mesh_of(tree: Any) -> Mesh | None:
     return config.mesh if isinstance(config, ModelConfig) else None
 
 
-def shardings(tree: Any, *, at_work: bool = False) -> dict[str, NamedSharding]:
+def shardings(tree: Any, *, at_work: bool = False) -> dict[str, Any]:
     """Return the sharding of each leaf of a model, or of a part of one, by path; `{}` without a mesh.
+
+    Of a quantised kernel it is a leaf of shardings.
 
     Args:
         tree: A model or a part; leaves may be shapes alone.
@@ -42,7 +45,8 @@ def shardings(tree: Any, *, at_work: bool = False) -> dict[str, NamedSharding]:
             continue
         axes = variable.get_metadata().get("axes") or ()
         try:
-            found[path] = NamedSharding(mesh, spec(value.shape, axes, mesh, units, at_work=at_work))
+            whole = NamedSharding(mesh, spec(value.shape, axes, mesh, units, at_work=at_work))
+            found[path] = value.split(whole) if is_quantized(value) else whole
         except ValueError as error:
             problems.append(f"{path} {list(value.shape)}: {error}")
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -58,7 +62,7 @@ def place(tree: Any) -> Any:
     moved = jax.tree.map(lambda x: x, tree)
     for path, variable in variables(moved).items():
         if path in where:
-            variable.set_value(move(variable.get_value(), where[path]))
+            variable.set_value(jax.tree.map(move, variable.get_value(), where[path]))
     return moved
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from ..errors import MethodError
 from .base import Model
 from .config import ModelConfig
-from .hub import abstract_model, begin_heads, checked_labels
+from .hub import begin_heads, checked_labels, whole_shapes
 from .seams import SLOTS
 
 
@@ -40,7 +40,7 @@ def with_head(model: Any, labels: Sequence[str]) -> Any:
     if getattr(model, "task_type", None) != "CAUSAL_LM":
         raise MethodError(f"a {type(model).__name__} is no causal language model: a head is put on one of these")
     shared = jax.tree.map(lambda x: x, model)  # modules and Variables of its own, the same arrays
-    made: Model = abstract_model(model.config.replace(labels=checked_labels(labels)))
+    made: Model = whole_shapes(model.config.replace(labels=checked_labels(labels)))
     setattr(made, made.prefix, shared.backbone)
     for slot in (*SLOTS, "adapter_weights"):
         if hasattr(shared, slot):

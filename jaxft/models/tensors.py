@@ -42,6 +42,7 @@ class Tensors:
         shapes: Shape of each, by name.
         kinds: Kind of number of each, as the file calls it.
         dtype: Dtype of most of the parameters.
+        packed: What `packed.fold` has found of quantised kernels, by name.
 
     Raises:
         CheckpointError: No safetensors file, a file of the index that is missing, a file that is not whole.
@@ -51,6 +52,7 @@ class Tensors:
         self.folder, self._stack = folder, ExitStack()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.kinds: dict[str, str] = {}
+        self.packed: dict[str, Any] = {}
         self._owner: dict[str, Any] = {}
         sizes: dict[str, int] = {}
         for file in weight_files(folder, single, convert):

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.prompts import Prompt
 from ..errors import JaxftError, RewardError
-from ..loading import labels_of, load, load_run, load_tokenizer, root_folder
+from ..loading import bits_of, kind_of, labels_of, load, load_run, load_tokenizer, root_folder
 from ..methods.method import adapters
 from ..models.hub import family_of, read_config
 from ..run import RunFolder
@@ -64,7 +64,7 @@ class ModelReward:
                 yield f"{folder} has another vocabulary than {ours}: {other}"
 
     def load(self, base: Any = None, base_folder: str | Path | None = None) -> "ModelReward":
-        """Return it with its model, over the arrays of `base` where the run began with the model of that folder.
+        """Return it with its model, over the arrays of `base` where the run began with that folder, in the same bits.
 
         Raises:
             RewardError: `base` carries adapters, which would change the score.
@@ -74,7 +74,7 @@ class ModelReward:
         if run.started and not run.model.is_dir() and base is not None and base_folder is not None:
             if adapters(base):
                 raise RewardError(f"{self.path}: the base carries adapters, {list(adapters(base))}: detach them first")
-            if root_folder(self.path).resolve() == Path(base_folder).resolve():
+            if root_folder(self.path).resolve() == Path(base_folder).resolve() and bits_of(run) == kind_of(base):
                 return dataclasses.replace(self, model=load_run(run, over=base)[0])
         mesh = None if base is None else base.config.mesh
         return dataclasses.replace(self, model=load(self.path, mesh=mesh)[0])

@@ -20,6 +20,7 @@ from ..models.hub import fresh_model, read_config, read_shape, resolve
 from ..models.sharing import without_dropout
 from ..parallel import make_mesh
 from ..parallel.rules import batch_devices
+from ..quant import quantize
 from ..run import RunFolder
 from ..train.optimizer import by_step, in_phases, make_optimizer, make_schedule
 from ..train.state import TrainState
@@ -146,14 +147,14 @@ def load_base(
 
 
 def load_bare(config: Config, mesh: Mesh | None) -> Any:
-    """Return the model that everything begins with, in the dtype of the runs over it, without their adapters."""
-    at, dtype = base_of(config), dtype_of(config)
+    """Return the model that everything begins with, as the runs over it have it, without their adapters."""
+    at, dtype, bits = base_of(config), dtype_of(config), config.model.quantize
     if at is None:
         return load_base(config, None, choose_remat(config), mesh)
     while at is not None and not at.model.is_dir():
         began = at.config()
-        at, dtype = base_of(began), dtype or began.model.dtype
-    return load(base_folder(config), dtype=dtype, remat=choose_remat(config), mesh=mesh)[0]
+        at, dtype, bits = base_of(began), dtype or began.model.dtype, bits or began.model.quantize
+    return load(base_folder(config), dtype=dtype, quantize=bits, remat=choose_remat(config), mesh=mesh)[0]
 
 
 def _load_base(
@@ -163,12 +164,13 @@ def _load_base(
     options: dict[str, Any] = {"dtype": dtype_of(config), "remat": remat, "mesh": mesh}
     head: dict[str, Any] = {"labels": labels} if labels else {}
     if run is not None:
-        return load_run(run, **options, **head, over=over)[0]
+        return load_run(run, **options, **head, quantize=config.model.quantize, over=over)[0]
     if config.model.init == "random":
-        return fresh_model(read_config(resolve(path), **options, **head, source=path), config.train.seed)
+        fresh = fresh_model(read_config(resolve(path), **options, **head, source=path), config.train.seed)
+        return fresh if config.model.quantize is None else quantize(fresh, config.model.quantize)
     if config.model.config is not None:
         _check_shape(read_config(resolve(path), **options), shape_of(config, **options))
-    return load(path, **options, **head)[0]
+    return load(path, **options, **head, quantize=config.model.quantize)[0]
 
 
 def shape_of(config: Config, **options: Any) -> Any:

@@ -1,5 +1,6 @@
 """What is done with a finished run or a plain model: evaluate, write text, export."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from ..methods.merge import merge
 from ..methods.method import adapters
 from ..methods.switch import set_adapter
 from ..models.sentence_folder import read_sentence_folder
+from ..quant.leaf import has_quantized
 from ..run import RunFolder
 from ..train.evaluate import prefixed
 from .registry import task_of
 from .start import base_folder, base_of, choose_mesh
+
+log = logging.getLogger("jaxft")
 
 
 def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float]:
@@ -94,7 +98,8 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
     Args:
         run: The run.
         form: `"peft"` or `"adapters"`: its adapter, as the folder of that library; `"serving"`: its adapter as the
-            plain LoRA that engines read; `"merged"`: a whole model in Hugging Face layout, tokenizer included;
+            plain LoRA that engines read; `"merged"`: a whole model in Hugging Face layout, tokenizer included, of a
+            quantised base with what its kernels stand for, in the dtype of computation;
             `"sentence-transformers"`: such a model as a folder of that library, `"sentence-transformers-adapter"`: the
             adapter as that library saves one, beside the name of its base.
         output: A new or empty folder.
@@ -110,10 +115,16 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output}: it is there already; give a new or an empty folder as --output")
     model, tokenizer = load(run.path)
-    if form == "merged":
-        return save_model(merge(model) if adapters(model) else model, output, tokenizer)
-    if form == "sentence-transformers":
-        whole = merge(model) if adapters(model) else model
+    if form in ("merged", "sentence-transformers"):
+        whole = model
+        if adapters(model):
+            if has_quantized(model):
+                log.warning(
+                    "%s: the base is quantised: merging into its dequantised kernels, not the checkpoint's", run.path
+                )
+            whole = merge(model)
+        if form == "merged":
+            return save_model(whole, output, tokenizer)
         return save_sentence_transformer(whole, output, tokenizer, prompts=prompts_of(run))
     carried = adapters(model)
     if run.model.is_dir():

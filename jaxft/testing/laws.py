@@ -44,7 +44,7 @@ def token_batch(vocabulary: int = 64, rows: int = 3, length: int = 12, seed: int
 
 def values(tree: Any) -> dict[str, np.ndarray[Any, Any]]:
     """Return a copy on the host of every array of a tree, by path."""
-    return {path: np.array(v) for path, v in leaves(tree).items()}
+    return {f"{path}.{n}": np.array(x) for path, v in leaves(tree).items() for n, x in enumerate(jax.tree.leaves(v))}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -80,7 +80,8 @@ def law_partition(method: Method, model: Any, batch: Batch, loss: Any, **_: Any)
     assert set(a) | set(b) == set(whole) == set(leaves(attached)), "a leaf is in neither part"
     assert {path for path, v in mask.items() if all(jax.tree.leaves(v.get_value()))} == set(a), "the mask differs"
     for path, value in leaves(attached).items():
-        assert whole[path] is value, f"{path} is not the model's own array"
+        pairs = zip(jax.tree.leaves(whole[path]), jax.tree.leaves(value), strict=True)
+        assert all(one is other for one, other in pairs), f"{path} is not the model's own array"
 
 
 def law_step_0(method: Method, model: Any, batch: Batch, loss: Any, identity: bool = True, **_: Any) -> None:
