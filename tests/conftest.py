@@ -41,6 +41,9 @@ DEAR = {  # the cases of these tests with such names are slow ones ("": all are)
     "test_ranked_lists_and_pairs_go_together": ("",),
     "test_during_an_evaluation": ("",),
     "test_the_loss_of_any_bucket_is_the_loss_row_by_row": ("tiny_llama",),
+    "test_no_dequantised_kernel_is_kept_for_the_backward_pass": ("full", "int8", "dora"),
+    "test_eight_devices_are_one_with_quantised_kernels": ("int8", "fsdp"),
+    "test_merging_into_what_it_was_trained_beside": ("pissa", "ia3"),
     "test_any_optimiser_of_optax": ("noisy", "schedule-free", "lookahead"),
 }
 
