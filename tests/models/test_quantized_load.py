@@ -100,6 +100,20 @@ def test_eight_devices_hold_what_one_does(kind, axes, folder):
     assert [x.sharding for x in jax.tree.leaves(shapes)] == [y.sharding for y in theirs]
 
 
+def test_whole_rows_are_split_over_the_mesh(tmp_path):
+    """Where a row is whole blocks, each device holds its part of the codes, and not the rest."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
+    jaxft.save_model(tiny_llama(**wide), tmp_path)
+    one = jaxft.load(tmp_path, quantize="nf4")[0]
+    eight = jaxft.load(tmp_path, quantize="nf4", mesh=jaxft.make_mesh(data=1, fsdp=4, tensor=2))[0]
+    for layers in (eight.model.layers.self_attn.q_proj, eight.model.layers.mlp.down_proj):
+        leaf = layers.kernel.get_value()
+        shards = {shard.data.nbytes for shard in leaf.codes.addressable_shards}
+        assert shards == {leaf.codes.nbytes // 8}
+        assert {shard.data.nbytes for shard in leaf.absmax.addressable_shards} == {leaf.absmax.nbytes // 8}
+    np.testing.assert_allclose(one(IDS), eight(IDS), atol=1e-5)
+
+
 def test_one_tensor_at_a_time(folder, monkeypatch):
     """Of what is read no more than one kernel, and what was made of it, is alive when the next one is read."""
     alive, most, read = {}, [], Tensors.read

@@ -3,7 +3,9 @@
 import json
 
 import numpy as np
+import optax
 import pytest
+from agreement import batch
 from test_golden_quantized import check
 
 import jaxft
@@ -54,6 +56,27 @@ def test_from_the_whole_checkpoint_the_bytes_are_theirs(name, tmp_path):
             assert torch.equal(ours[key], tensor), key
         elif "quant_state" not in key:  # the mean of the scales is equal to rounding
             np.testing.assert_allclose(ours[key].float().numpy(), tensor.float().numpy(), rtol=1e-6, atol=1e-8)
+
+
+def test_an_adapter_of_ours_over_their_base(tmp_path):
+    """Trained here beside NF4 kernels, read by peft beside bitsandbytes' of the same checkpoint; and the other way."""
+    theirs = quantized_cases.quantized("double", tmp_path / "plain")
+    model = jaxft.load(tmp_path / "plain", quantize="nf4")[0]
+    state = jaxft.TrainState.create(model, jaxft.LoRA(r=4, target_modules="all-linear"), optax.sgd(1.0))
+    step = jaxft.make_train_step(jaxft.losses.next_token_loss)
+    for _ in range(2):
+        state, _ = step(state, {**batch(), "labels": batch()["input_ids"]})
+    jaxft.save_adapter(state, tmp_path / "adapter")
+    peft = quantized_cases.peers.peft
+    with_adapter = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    for module in with_adapter.modules():
+        module.support_avx512bf16_for_cpu = False
+    want, mask = quantized_cases.peers.logits(with_adapter), np.asarray(batch()["attention_mask"])[..., None]
+    got, bare = np.asarray(state.model(**batch())), np.asarray(model(**batch()))
+    assert np.abs((got - want) * mask).max() < 1e-5 < 1e-2 < np.abs((got - bare) * mask).max()
+    with_adapter.save_pretrained(tmp_path / "again")
+    again = jaxft.load_adapter(model, tmp_path / "again")
+    np.testing.assert_array_equal(again(**batch()), got)
 
 
 @pytest.mark.parametrize("options", [{"blocksize": 128}, {"quant_type": "fp4"}])
