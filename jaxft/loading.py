@@ -1,6 +1,7 @@
 """`jaxft.load`: a folder, hub id or run folder in, a model and its tokenizer out."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from .models.sharing import with_head
 from .models.tensors import read_json
 from .quant import NF4, Int8
 from .run import RunFolder
+
+log = logging.getLogger("jaxft")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -121,6 +124,8 @@ def load_run(
     config = run.config()
     options = {"dtype": dtype or config.model.dtype, "mesh": mesh, "remat": remat, "abstract": abstract}
     options["quantize"] = quantize or config.model.quantize  # the adapter was trained over these values
+    if quantize is not None and quantize != (trained := bits_of(run)):
+        log.warning("%s: its adapter was trained over a base of %s, and now lies over %s", run.path, trained, quantize)
     labels = labels_of(run) or None if labels is None else labels
     begun = RunFolder(config.model.source)
     if over is None:

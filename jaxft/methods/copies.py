@@ -46,8 +46,8 @@ def copy_leaves(target: Target, leaves: tuple[str, ...], name: str, tied: Any = 
         value, axes = own.get_value(), own.get_metadata().get("axes", ())
         if is_quantized(value):
             raise MethodError(
-                f"{target.named.path} has a quantised kernel, of which an adapter cannot hold a trained copy: let LoRA "
-                "adapt it, or leave the module out when quantising (skip)"
+                f"modules_to_save: {target.named.path} has a quantised kernel, of which an adapter cannot hold a "
+                "trained copy: let LoRA adapt it, or leave it whole (jaxft.quant.quantize(model, skip=[...]))"
             )
         if target.named.stacked:
             value = value if target.layers_held is None else value[list(target.layers_held),]

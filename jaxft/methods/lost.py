@@ -10,7 +10,10 @@ log = logging.getLogger("jaxft")
 
 
 class Lost:
-    """By leaf the root mean squares of what adapters add, and of what rounding takes from it."""
+    """By leaf the sums of squares of what adapters add, and of what rounding takes from it.
+
+    Copies of whole leaves (`modules_to_save`) and leaves that no adapter touches are no changes, and not in it.
+    """
 
     def __init__(self) -> None:
         self.leaves: dict[str, tuple[float, float]] = {}
@@ -31,15 +34,14 @@ class Lost:
         """Log, for all leaves and for the worst, which part of the change is lost."""
         if not self.leaves:
             return
-        added = sum(a**2 for a, _ in self.leaves.values()) ** 0.5
-        off = sum(b**2 for _, b in self.leaves.values()) ** 0.5
-        shares = {path: b / a for path, (a, b) in self.leaves.items() if a}
+        added, off = (sum(sums[i] for sums in self.leaves.values()) for i in (0, 1))
+        shares = {path: (b / a) ** 0.5 for path, (a, b) in self.leaves.items() if a}
         worst = max(shares, key=shares.__getitem__, default=None)
-        log.info(
-            "merged into the dequantised kernels: rounding to %s moves them by %.2e of what the adapters add (in root "
-            "mean squares)%s",
+        log.warning(
+            "merged into the dequantised kernels, not the checkpoint's: rounding to %s moves them by %.2e of what the "
+            "adapters add (in root mean squares)%s",
             dtype,
-            off / added if added else 0.0,
+            (off / added) ** 0.5 if added else 0.0,
             "" if worst is None else f", at most by {shares[worst]:.2e}, in {worst}",
         )
 
@@ -47,4 +49,4 @@ class Lost:
 @jax.jit
 def _sizes(value: Any, change: Any, merged: Any) -> tuple[jax.Array, jax.Array]:
     off = (merged.astype(jnp.float32) - value.astype(jnp.float32)) - change
-    return jnp.sqrt(jnp.mean(jnp.square(change))), jnp.sqrt(jnp.mean(jnp.square(off)))
+    return jnp.sum(jnp.square(change)), jnp.sum(jnp.square(off))

@@ -15,7 +15,7 @@ from ..errors import MethodError, PartitionError, SelectionError, nearest, refus
 from ..models.names import LEAF_NAMES, dotted, is_variable, named_modules, variables
 from ..quant.leaf import is_quantized
 from .heads import copied_heads, copy_heads, drop_heads, is_copy, trained
-from .method import Method, adapters, attach, detach, register
+from .method import Method, adapters, attach, detach, parts_of, register
 from .switch import all_off
 
 
@@ -113,10 +113,11 @@ def _flags(model: Any, method: Method, name: str) -> dict[str, bool]:
         f"the head is new, and the adapter {name!r} has no copy of it to train: attach a new adapter over it",
         [f"{p} would stay random" for p in idle],
     )
+    parts = " | ".join(type(part).__name__ for part in parts_of(method))
     refuse(
         MethodError,
-        f"{type(method).__name__} would train quantised kernels, whose codes have no gradient: train an adapter beside "
-        "them (jaxft.LoRA), or a base that is not quantised",
+        f"{parts} would train quantised kernels, whose codes have no gradient: train an adapter beside them "
+        "(jaxft.LoRA), or a base that is not quantised",
         [
             f"{p} is a {type(v.get_value()).__name__}"
             for p, v in known.items()

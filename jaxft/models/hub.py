@@ -110,9 +110,14 @@ def abstract_model(config: Any, quantize: str | None = None) -> Model:
     Args:
         config: The config. Where its `config.json` says that kernels are quantised, these are.
         quantize: `"nf4"` or `"int8"`: quantise them so, where they are not yet.
+
+    Raises:
+        CheckpointError: They are quantised in another way.
     """
     model, raw = whole_shapes(config), json.loads(config.raw)
-    if "quantization_config" in raw:
+    there = declared(raw)
+    check_kind(config.source, there, quantize)
+    if there is not None:
         as_packed(model, ways_declared(model, raw), config.source)
         return place(model)
     return model if quantize is None else quantized(model, quantize)
@@ -190,7 +195,7 @@ def load_model(
     return model
 
 
-def check_kind(folder: Path, there: str | None, wanted: str | None) -> None:
+def check_kind(folder: Path | str, there: str | None, wanted: str | None) -> None:
     """Refuse an unknown way to quantise, and one that a checkpoint is not quantised in already.
 
     Raises:

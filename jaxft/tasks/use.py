@@ -1,6 +1,5 @@
 """What is done with a finished run or a plain model: evaluate, write text, export."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,10 @@ from ..methods.merge import merge
 from ..methods.method import adapters
 from ..methods.switch import set_adapter
 from ..models.sentence_folder import read_sentence_folder
-from ..quant.leaf import has_quantized
 from ..run import RunFolder
 from ..train.evaluate import prefixed
 from .registry import task_of
 from .start import base_folder, base_of, choose_mesh
-
-log = logging.getLogger("jaxft")
 
 
 def evaluate(config: Config, *, run: RunFolder | None = None) -> dict[str, float]:
@@ -116,13 +112,7 @@ def export(run: RunFolder, form: str, output: str | Path) -> Path:
         raise RunError(f"{output}: it is there already; give a new or an empty folder as --output")
     model, tokenizer = load(run.path)
     if form in ("merged", "sentence-transformers"):
-        whole = model
-        if adapters(model):
-            if has_quantized(model):
-                log.warning(
-                    "%s: the base is quantised: merging into its dequantised kernels, not the checkpoint's", run.path
-                )
-            whole = merge(model)
+        whole = merge(model) if adapters(model) else model
         if form == "merged":
             return save_model(whole, output, tokenizer)
         return save_sentence_transformer(whole, output, tokenizer, prompts=prompts_of(run))

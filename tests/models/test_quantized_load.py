@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxft
 from jaxft.models.tensors import Tensors
-from jaxft.quant import quantize
+from jaxft.quant import is_quantized, quantize
 from jaxft.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_model, token_batch
 
 MODELS = {
@@ -245,6 +245,13 @@ def test_an_unknown_method_is_named(said, match, abstract, folder):
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": said}))
     refused(folder, match, abstract=abstract)
+
+
+def test_a_config_that_says_null_says_nothing(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": None}))
+    for abstract in (False, True):
+        assert not any(map(is_quantized, jaxft.leaves(jaxft.load(folder, abstract=abstract)[0]).values()))
 
 
 def test_quantised_in_another_way(packed, folder):

@@ -86,8 +86,6 @@ def test_refusals():
     kernel.set_value(kernel.get_value().at[1, 2, 3].set(jnp.nan))
     with pytest.raises(jaxft.MethodError, match=r"(?s)up_proj.kernel: quantize_nf4: 1 of 3,072 values.*NaN"):
         quantize(hurt)
-    with pytest.raises(jaxft.MethodError, match="jaxft.quant.dequantize"):
-        jaxft.save_model(quantize(model), "nowhere")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -226,7 +224,7 @@ def test_a_narrow_dtype_loses_what_is_said(caplog):
         gate = before[f"{module}.delta.default.gate"]
         change = jnp.matmul(a * gate[:, None], b, precision="highest")
         lost = after[path].astype(jnp.float32) - before[path].astype(jnp.float32) - change
-        added, off = added + float(jnp.mean(change**2)), off + float(jnp.mean(lost**2))
+        added, off = added + float(jnp.sum(change**2)), off + float(jnp.sum(lost**2))
     assert share == pytest.approx((off / added) ** 0.5, rel=0.02) and share > 1e-3
     assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
 

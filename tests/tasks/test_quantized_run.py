@@ -1,7 +1,7 @@
 """Runs over a quantised base: config to adapter, and everything that is done with one afterwards."""
 
 import json
-import logging
+import re
 import shutil
 
 import jax
@@ -95,10 +95,12 @@ def tiny_llama_parameters():
     return sum(x.size for x in jaxft.leaves(tiny_llama(vocab_size=300)).values())
 
 
-def test_it_is_read_with_the_base_quantised_again(done, run):
+def test_it_is_read_with_the_base_quantised_again(done, run, caplog):
     model = jaxft.load(done)[0]
     assert kinds(model) == {NF4}
+    assert not caplog.records
     assert kinds(jaxft.load(done, quantize="int8")[0]) == {Int8}
+    assert "its adapter was trained over a base of nf4, and now lies over int8" in caplog.text
     code, out, _ = run("evaluate", done)
     figures = {line.split()[0]: float(line.split()[1]) for line in out.splitlines()}
     after = json.loads((done / "summary.json").read_text())["after"]
@@ -110,10 +112,8 @@ def test_it_is_read_with_the_base_quantised_again(done, run):
 
 def test_the_merged_export_is_what_was_trained(done, run, tmp_path, caplog):
     """The adapter goes into the dequantised kernels, and not into those of the checkpoint."""
-    with caplog.at_level(logging.INFO, logger="jaxft"):
-        code, out, err = run("export", done, "--format", "merged", "--output", tmp_path / "merged")
-    assert code == 0
-    assert "dequantised" in caplog.text + out + err
+    assert run("export", done, "--format", "merged", "--output", tmp_path / "merged")[0] == 0
+    assert re.search(r"dequantised kernels, not the checkpoint's: rounding to float32 moves them by \d", caplog.text)
     merged, model = jaxft.load(tmp_path / "merged")[0], jaxft.load(done)[0]
     assert not any(map(is_quantized, jaxft.leaves(merged).values()))
     np.testing.assert_allclose(merged(IDS), model(IDS), atol=1e-5)
@@ -174,6 +174,9 @@ def test_a_plan_of_a_folder_that_is_quantised_already(place, monkeypatch):
     jaxft.save_model(jaxft.load("base", quantize="nf4")[0], "packed", make_tokenizer())
     ours = make_plan(load_config("c.yaml", ["model.path=packed", "model.quantize=null"]))
     assert ours.parameters_bytes == make_plan(load_config("c.yaml")).parameters_bytes
+    for where in (["model.path=packed"], ["model.path=null", "model.config=packed/config.json"]):
+        with pytest.raises(jaxft.CheckpointError, match="it is quantised as nf4 already, and int8 is asked for"):
+            make_plan(load_config("c.yaml", [*where, "model.quantize=int8"]))
 
 
 @pytest.mark.parametrize(
