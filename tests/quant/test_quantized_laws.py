@@ -71,7 +71,7 @@ def test_rows_of_a_batch_may_differ_in_their_adapters():
     [
         (jaxft.Full(), "Full would train quantised kernels.*jaxft.LoRA"),
         (jaxft.LoRA(modules_to_save=("q_proj",), target_modules=["v_proj"]), "q_proj has a quantised kernel.*skip"),
-        (jaxft.LoRA() | jaxft.Full(), "Union would train quantised kernels"),
+        (jaxft.LoRA() | jaxft.Full(), r"LoRA \| Full would train quantised kernels"),
     ],
 )
 def test_what_would_train_codes_is_refused(method, said):
