@@ -31,6 +31,9 @@ DEAR = {  # of these tests the cases with such names are slow ones: the default 
     "test_a_slice_of_four_tpus": ("full",),
     "test_loss_and_gradients_are_those_of_the_rows": ("llama-full", "gpt2-lora"),
     "test_the_loss_of_any_bucket_is_the_loss_row_by_row": ("tiny_llama",),
+    "test_no_dequantised_kernel_is_kept_for_the_backward_pass": ("full", "int8", "dora"),
+    "test_eight_devices_are_one_with_quantised_kernels": ("int8", "fsdp"),
+    "test_merging_into_what_it_was_trained_beside": ("pissa", "ia3"),
     "test_any_optimiser_of_optax": ("noisy", "schedule-free", "lookahead"),
 }
 

@@ -38,8 +38,8 @@ class Int8(Quantized):
         """Return the kernel `(*lead, in, out)`, `code * scale` in float32, rounded to `dtype`.
 
         >>> quantize_int8(jnp.array([[1.0, 0.0], [0.5, -2.0]])).dequantize()
-        Array([[ 1.        ,  0.        ],
-               [ 0.50393705, -2.        ]], dtype=float32)
+        Array([[ 1.      ,  0.      ],
+               [ 0.503937, -2.      ]], dtype=float32)
         """
         return (self.codes.astype(jnp.float32) * self.scale[..., None, :]).astype(dtype)
 

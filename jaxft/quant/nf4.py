@@ -95,7 +95,7 @@ class NF4(Quantized):
         """Return the kernel `(*lead, in, out)`, `value[code] * scale` in float32, rounded to `dtype`.
 
         >>> quantize_nf4(jnp.array([[0.0, 0.5, -1.0, 1.0]])).dequantize(jnp.bfloat16)
-        Array([[0, 0.439453, -1, 1]], dtype=bfloat16)
+        Array([[0, 0.441406, -1, 1]], dtype=bfloat16)
         """
         both = jnp.stack([self.codes >> 4, self.codes & 15], -1)
         weights = value_of(both.reshape(*self.codes.shape[:-1], -1))

@@ -51,7 +51,7 @@ def bits_report(model: Any) -> BitsReport:
 
     >>> import jaxft
     >>> print(bits_report(jaxft.quant.quantize(jaxft.testing.tiny_llama(dtype="bfloat16"), "int8")))
-    quantised params: 15,360 at 8.542 bits || all params: 19,616 at 10.160 bits, 0.000 GiB
+    quantised params: 15,360 at 8.933 bits || all params: 19,616 at 10.467 bits, 0.000 GiB
     """
     quantized = [0, 0]
     total = [0, 0]
