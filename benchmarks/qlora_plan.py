@@ -1,6 +1,6 @@
 """Memory of a LoRA step over a bfloat16, an NF4 and an int8 base, compiled ahead of time for one TPU chip.
 
-python benchmarks/qlora_memory.py [--topology v5e:1x1] [--tokens 2048] [--kinds none nf4 int8]
+python benchmarks/qlora_plan.py [--topology v5e:1x1] [--tokens 2048] [--kinds none nf4 int8]
 
 The shape is that of Llama 3.2 1B; no weights are needed, and no TPU (extra `[plan]`). A chip's arguments are what the
 step is given, its temporaries what the program holds beside them at most.
