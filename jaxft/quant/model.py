@@ -107,7 +107,7 @@ def stacked_kernels(model: Any) -> Iterator[tuple[str, nnx.Variable[Any]]]:
     for path, module in sorted(nnx.iter_modules(model), key=lambda pair: list(map(str, pair[0]))):
         kernel = getattr(module, "kernel", None)
         inside = any(path[: len(stack)] == stack for stack in stacks)
-        if inside and isinstance(kernel, nnx.Param) and len(kernel.get_value().shape) == 3:
+        if inside and isinstance(kernel, nnx.Param) and len(getattr(kernel.get_value(), "shape", ())) == 3:
             yield ".".join(map(str, path)), kernel
 
 

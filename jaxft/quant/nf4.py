@@ -99,12 +99,12 @@ class NF4(Quantized):
         """
         both = jnp.stack([self.codes >> 4, self.codes & 15], -1)
         weights = value_of(both.reshape(*self.codes.shape[:-1], -1))
-        grid = (*self.absmax.shape, self.block)
+        scales = self.scales()
+        weights = _fill(weights, scales.shape[-1] * self.block).reshape(*scales.shape, self.block)
+        weights = (weights * scales[..., None]).astype(dtype).reshape(*scales.shape[:-1], -1)
         if self.flat:
-            weights = _fill(weights, grid[-2] * self.block)
-        weights = (weights.reshape(grid) * self.scales()[..., None]).astype(dtype)
-        kernel = weights.reshape(*self.lead, -1)[..., : math.prod(self.matrix)].reshape(*self.lead, *self.rows)
-        return jnp.swapaxes(kernel, -1, -2) if self.transposed else kernel
+            weights = weights[..., : math.prod(self.matrix)].reshape(*self.lead, *self.rows)
+        return jnp.swapaxes(weights, -1, -2) if self.transposed else weights
 
     def times(self, x: jax.Array) -> jax.Array:
         """Return `x kernel`, of `[n, in]` and one matrix; on a TPU without putting the kernel in order."""
@@ -175,17 +175,15 @@ def _pack(array: jax.Array, block: int, transposed: bool) -> tuple[jax.Array, ja
     """Return codes, two to a byte, and the blocks' scales."""
     kernel = jnp.swapaxes(array, -1, -2) if transposed else array
     *lead, rows, columns = kernel.shape
-    n, whole = rows * columns, columns % block == 0
-    weights = kernel.astype(jnp.float32).reshape(*lead, n)
-    blocks = _fill(weights, n + -n % block).reshape(*lead, -1, block)
+    if columns % block:
+        kernel, columns = kernel.reshape(*lead, -1), rows * columns
+    weights = _fill(kernel.astype(jnp.float32), columns + -columns % block)
+    blocks = weights.reshape(*weights.shape[:-1], -1, block)
     absmax = largest(blocks, -1)
     scaled = blocks / jnp.where(absmax == 0, 1, absmax)[..., None]
     codes = sum((scaled > bound).astype(jnp.uint8) for bound in nf4_bounds())
-    codes = codes.reshape(*lead, -1)[..., : n + n % 2]
-    codes = (codes[..., ::2] << 4) | codes[..., 1::2]
-    if whole:
-        codes, absmax = codes.reshape(*lead, rows, -1), absmax.reshape(*lead, rows, -1)
-    return codes, absmax
+    codes = codes.reshape(weights.shape)[..., : columns + columns % 2]
+    return (codes[..., ::2] << 4) | codes[..., 1::2], absmax
 
 
 @partial(jax.jit, static_argnums=1)
@@ -203,5 +201,5 @@ def _compress(absmax: jax.Array, lead: int) -> tuple[jax.Array, jax.Array, jax.A
 
 
 def _fill(x: jax.Array, size: int) -> jax.Array:
-    """Lengthen the last axis to a size with zeros."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+    """Lengthen the last axis to a size with zeros, where it is shorter."""
+    return x if size == x.shape[-1] else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
