@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxft
+from jaxft.models.hub import _maker, fresh_model
 from jaxft.testing import tiny_gpt2, tiny_llama, tiny_model, token_batch
 
 MODELS = {
@@ -289,3 +290,14 @@ def test_an_abstract_model_is_neither_trained_nor_written(folder, tmp_path):
         jaxft.make_train_step(jaxft.losses.next_token_loss)(state, jaxft.testing.token_batch())
     with pytest.raises(jaxft.MethodError, match="has shapes for arrays"):
         jaxft.save_model(model, tmp_path / "x")
+
+
+def test_a_random_model_is_compiled_once_for_its_seeds_and_keeps_its_own_config():
+    config = tiny_llama().config
+    models = {seed: fresh_model(config, seed) for seed in range(3)}
+    assert _maker(config, config.raw, config.source)._cache_size() == 1
+    first = {seed: np.asarray(jax.tree.leaves(model)[0]) for seed, model in models.items()}
+    assert (first[0] != first[1]).any() and (first[0] == np.asarray(jax.tree.leaves(fresh_model(config, 0))[0])).all()
+    other = config.replace(source="elsewhere")
+    assert other == config and fresh_model(other).config.source == "elsewhere" != models[0].config.source
+    assert models[1] is not fresh_model(config, 1)
