@@ -11,16 +11,16 @@ quickstart: $(VENV)/installed-plain  ## LoRA on the embedded model: accuracy bef
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/jaxft train configs/quickstart/lora.yaml
 
 test: $(VENV)/installed  ## the default tests: no torch, no network
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 slow: $(VENV)/installed  ## the dearest tests, which the default leaves out: runs killed and resumed, the README's commands
-	$(VENV)/bin/python -m pytest -n auto -m slow
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m slow
 
 # What the newest releases can break, without the slow half: the sweep over the laws, whole runs, the README, data
 newest: $(VENV)-newest/installed  ## the quick half of the tests on Python 3.12 and the newest releases
 	$(VENV)-newest/bin/python -c 'import sys, jax, flax, numpy; print("Python", sys.version.split()[0], \
 		"jax", jax.__version__, "flax", flax.__version__, "numpy", numpy.__version__)'
-	$(VENV)-newest/bin/python -m pytest -n auto tests/models tests/methods tests/losses tests/train tests/parity \
+	$(VENV)-newest/bin/python -m pytest -n auto --dist loadfile tests/models tests/methods tests/losses tests/train tests/parity \
 		tests/parallel tests/test_plan.py
 
 lint: $(VENV)/installed-lint
