@@ -95,12 +95,12 @@ def test_blocks_leave_out_what_is_not_seen(t, part):
 
 
 def test_blocks_drop_each_their_own():
-    """The same key with the same shape would drop the same places of every block."""
     v = jnp.broadcast_to(jnp.eye(64), (1, 1, 64, 64))
     dropped = attend(0 * v, 0 * v, v, causal_mask(64), rate=0.5, key=jax.random.key(0), causal=True)[0, 0]
     kept = np.asarray(dropped != 0)
     assert not np.triu(kept, 1).any() and abs(kept.sum() / (64 * 65 / 2) - 0.5) < 0.05
-    assert (kept[16:32, :16] != kept[32:48, :16]).any() and (kept[32:48, :16] != kept[48:, :16]).any()
+    first = [kept[row, :16].tolist() for row in (16, 32, 48)]  # of one key the first numbers are equal in any shape
+    assert first[0] != first[1] != first[2] != first[0]
 
 
 def test_dropout_of_the_probabilities():
