@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_code_runs(folder, monkeypatch, capsys):
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 8
     monkeypatch.chdir(folder)
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), {})

@@ -225,7 +225,8 @@ def check_method(
     Args:
         method: The method.
         model: A small model to try it on; it is not changed.
-        batch: A batch for the loss; by default random tokens with padding.
+        batch: A batch for the loss; by default random tokens with padding. The number of its tokens, rows x length, is
+            to be no width of a frozen kernel, or products with that kernel look like its gradient.
         loss: A model loss.
         identity: Whether the method, at step 0, is the base exactly.
         count: Trained parameters by the method's closed formula.
