@@ -21,7 +21,7 @@ newest: $(VENV)-newest/installed  ## the quick half of the tests on Python 3.12 
 	$(VENV)-newest/bin/python -c 'import sys, jax, flax, numpy; print("Python", sys.version.split()[0], \
 		"jax", jax.__version__, "flax", flax.__version__, "numpy", numpy.__version__)'
 	$(VENV)-newest/bin/python -m pytest -n auto --dist loadfile tests/models tests/methods tests/losses tests/train tests/parity \
-		tests/parallel tests/test_plan.py
+		tests/parallel tests/quant tests/test_plan.py
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check .
